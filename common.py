@@ -1,0 +1,946 @@
+"""What the scripts share: run folders, data, models, losses, the training engine, intervals and claims.
+
+Read it top to bottom, in that order. Nothing happens at import time, nothing is registered anywhere; every script
+calls these functions from its own `main()`. Shapes are written [N, C] and so on; images are uint8 NHWC at rest and
+float NCHW (channels_last in memory) in a batch; times are seconds; accuracies are percent in printed text, shares
+in files.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- errors, atomic files
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line that names the fix; `cli` turns it into exit code 2."""
+
+
+def cli(main):
+    """Run a script's `main()`: an InputError, or a file that cannot be written, becomes one line and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_complain(error))
+    except OSError as error:
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'no file named'} "
+                           "(check that the folder exists, is writable and has space left)"))
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a temporary binary file beside `path`, then rename it over `path`.
+
+    A reader, or a run killed at any moment, sees the old file or the new one, never a torn one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write `text` (str) to `path` atomically, as UTF-8."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value):
+    """Write `value` to `path` atomically as indented JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The value in a JSON file; InputError when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): restore it, or make the run again") from None
+
+
+def read_npz(path, keys):
+    """The arrays `keys` of an .npz as a dict; InputError when the file is missing, torn or lacks one of them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in keys if key not in file.files]
+            if missing:
+                raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
+            return {key: file[key] for key in keys}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, AttributeError) as error:
+        raise InputError(f"{path} is not a readable .npz file ({error}): make it again") from None
+
+
+def stream_seed(*key):
+    """A 63-bit seed from any printable key, the same on every machine. Streams of different keys are independent."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def generator(*key):
+    """A CPU torch.Generator seeded by `stream_seed(*key)`."""
+    return torch.Generator().manual_seed(stream_seed(*key))
+
+
+# ---------------------------------------------------------------- data
+
+DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet")
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+@dataclass
+class Data:
+    """One dataset on one device, with the label noise and the subset of one run.
+
+    x_train [N, H, W, C] and x_test uint8; y_train int64 with label noise, y_clean without; index [N] the position of
+    each training image in the full training set; mean, std [C] of the full training set in 0..1 units; pad pixels of
+    random shift in each direction; flip whether half of the views are mirrored; facts for config.json.
+    """
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    y_clean: torch.Tensor
+    index: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    classes: int
+    pad: int
+    flip: bool
+    facts: dict
+
+    def __post_init__(self):
+        # Padded with black before normalisation, which is what torchvision's RandomCrop(padding=p) does.
+        self.padded = F.pad(self.x_train, (0, 0, self.pad, self.pad, self.pad, self.pad))
+        self.ramp = torch.arange(self.x_train.shape[1], device=self.device)
+
+    @property
+    def device(self):
+        return self.x_train.device
+
+    @property
+    def shifts(self):
+        return 2 * self.pad + 1
+
+    @property
+    def n_views(self):
+        return self.shifts ** 2 * (2 if self.flip else 1)
+
+    def view_id(self, dy, dx, flip=0):
+        """Number of the view that crops at row dy, column dx (0 .. 2·pad) and mirrors where flip is 1."""
+        view = dy * self.shifts + dx
+        return view * 2 + flip if self.flip else view
+
+    def batch(self, index, view):
+        """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B] (see view_id)."""
+        flip = (view % 2).bool() if self.flip else torch.zeros_like(view, dtype=torch.bool)
+        shift = view // 2 if self.flip else view
+        dy, dx = (shift // self.shifts).view(-1, 1, 1), (shift % self.shifts).view(-1, 1, 1)
+        rows = dy + self.ramp.view(1, -1, 1)
+        cols = dx + torch.where(flip.view(-1, 1, 1), self.ramp.flip(0).view(1, 1, -1), self.ramp.view(1, 1, -1))
+        return self.normalise(self.padded[index.view(-1, 1, 1), rows, cols])
+
+    def normalise(self, images):
+        """uint8 [B, H, W, C] to normalised float [B, C, H, W], channels_last in memory."""
+        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, image_size=None, device="cpu"):
+    """Load a dataset onto `device` as `Data`.
+
+    name: digits, cifar10, cifar100, tiny-imagenet, npz:PATH (the four arrays of `ARRAYS`) or folder:PATH
+    (PATH/train/<class>/*, PATH/val or PATH/test). subset: that many training images, class-balanced, 0 for all.
+    label_noise P: each training label is replaced with probability P by a uniformly drawn other class; the draw
+    depends on data_seed and on the position in the full training set alone, so every run, subset and architecture
+    sees the same noise. None means 0.3 for digits (which are too easy to tell losses apart) and 0 elsewhere.
+    Errors: InputError for an unknown name, unreadable files, bad arrays, or a subset larger than the data.
+    """
+    arrays = load_arrays(name, Path(data_dir), image_size)
+    x_train, y_clean, x_test, y_test = (arrays[key] for key in ARRAYS)
+    classes = int(max(y_clean.max(), y_test.max())) + 1
+    label_noise = (0.3 if name == "digits" else 0.0) if label_noise is None else label_noise
+    if subset > len(x_train):
+        raise InputError(f"--subset {subset} is larger than the {len(x_train)} training images of {name}: "
+                         f"use at most {len(x_train)}, or 0 for all")
+
+    # Statistics of the full training set, so that a subset is normalised like the whole (0..1 units).
+    histogram = [np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])]
+    levels = np.arange(256) / 255
+    mean = np.array([(h * levels).sum() / h.sum() for h in histogram])
+    std = np.array([np.sqrt((h * (levels - m) ** 2).sum() / h.sum()) for h, m in zip(histogram, mean)])
+
+    noise = np.random.RandomState(stream_seed("label noise", data_seed) % 2 ** 32)   # RandomState never changes
+    flipped = noise.random_sample(len(y_clean)) < label_noise
+    shift = noise.randint(1, classes, len(y_clean)) if classes > 1 else np.zeros(len(y_clean), int)
+    y_train = np.where(flipped, (y_clean + shift) % classes, y_clean)
+
+    index = np.arange(len(x_train))
+    if subset:
+        # First images of a seeded shuffle, round-robin over classes: balanced, and a smaller subset is part of a larger.
+        shuffle = np.random.RandomState(stream_seed("subset", data_seed) % 2 ** 32).permutation(len(x_train))
+        rank = np.empty(len(x_train), int)
+        for c in range(classes):
+            members = shuffle[y_clean[shuffle] == c]
+            rank[members] = np.arange(len(members))
+        index = np.sort(shuffle[np.argsort(rank[shuffle], kind="stable")[:subset]])
+
+    x_train, y_train, y_clean = x_train[index], y_train[index], y_clean[index]
+    digest = hashlib.sha256()
+    for array in (x_train, y_train, y_clean, x_test, y_test):
+        digest.update(np.ascontiguousarray(array).data)
+    facts = dict(name=name, classes=classes, image=list(x_train.shape[1:]), n_train=len(x_train), n_test=len(x_test),
+                 subset=subset, label_noise=label_noise, flipped=int((y_train != y_clean).sum()), data_seed=data_seed,
+                 sha256=digest.hexdigest())
+    tensor = lambda array: torch.as_tensor(np.ascontiguousarray(array)).to(device)
+    return Data(tensor(x_train), tensor(y_train), tensor(y_clean), tensor(index), tensor(x_test), tensor(y_test),
+                mean=tensor(mean).float(), std=tensor(np.maximum(std, 1e-6)).float(), classes=classes,
+                pad=1 if name == "digits" else 4, flip=name != "digits", facts=facts)
+
+
+def load_arrays(name, data_dir, image_size=None):
+    """The four arrays of a dataset (see `load_data`): prepared file first, then the original layout, then download."""
+    if name == "digits":
+        return digits_arrays()
+    if name.startswith("npz:"):
+        return check_arrays(read_npz(name[4:], ARRAYS), name[4:])
+    if name.startswith("folder:"):
+        root = Path(name[7:])
+        test = next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
+        train = image_folder(root / "train", image_size)
+        return check_arrays(dict(zip(ARRAYS, train[:2] + image_folder(test, image_size, train[2])[:2])), root)
+    if name not in DATASETS:
+        raise InputError(f"unknown --data {name!r}: use {', '.join(DATASETS)}, npz:PATH or folder:PATH")
+    prepared = data_dir / f"{name}.npz"
+    if prepared.exists():
+        return check_arrays(read_npz(prepared, ARRAYS), prepared)
+    arrays = check_arrays((tiny_imagenet_arrays if name == "tiny-imagenet" else cifar_arrays)(name, data_dir), name)
+    try:
+        write_atomic(prepared, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        print(f"note: could not keep the prepared {prepared} ({error.strerror}); it is prepared again next time")
+    return arrays
+
+
+def check_arrays(arrays, source):
+    """The same dict with labels as int64, after checking shapes, types and ranges; InputError names what is wrong."""
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2]:
+            raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
+        if y.ndim != 1 or len(y) != len(x) or not len(y) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+            raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must hold one class number >= 0 "
+                             f"for each of the {len(x)} images")
+        arrays[f"y_{split}"] = y.astype(np.int64)
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        raise InputError(f"{source}: train images are {list(arrays['x_train'].shape[1:])} but test images "
+                         f"{list(arrays['x_test'].shape[1:])}: give both the same shape")
+    return arrays
+
+
+def digits_arrays():
+    """scikit-learn's bundled handwritten digits: 1,797 real 8×8 images, grey 0..16 scaled to 0..255; 1,297 train."""
+    from sklearn.datasets import load_digits
+    bunch = load_digits()
+    order = np.random.RandomState(0).permutation(len(bunch.target))
+    images = np.round(bunch.images * 255 / 16).astype(np.uint8)[order, :, :, None]
+    labels = bunch.target.astype(np.int64)[order]
+    return dict(zip(ARRAYS, (images[:1297], labels[:1297], images[1297:], labels[1297:])))
+
+
+def cifar_arrays(name, data_dir):
+    """CIFAR-10/100 through torchvision: the original python folder in data_dir if it is there, else a download."""
+    from torchvision import datasets
+    dataset = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name]
+    if not (data_dir / dataset.base_folder).is_dir():
+        try:
+            dataset(data_dir, download=True)
+        except Exception as error:   # urllib, ssl, http, tar: whatever went wrong, the fix is the same
+            raise InputError(f"{name} could not be downloaded ({error}): put {name}.npz or the folder "
+                             f"{dataset.base_folder} into {data_dir}") from None
+    try:
+        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
+    except Exception as error:
+        raise InputError(f"{data_dir / dataset.base_folder} is damaged ({error}): remove it to download it again") from None
+    return dict(zip(ARRAYS, (train.data, np.array(train.targets), test.data, np.array(test.targets))))
+
+
+def tiny_imagenet_arrays(name, data_dir):
+    """Tiny-ImageNet from its original folder or zip in data_dir, else downloaded; 64×64, val is the test split."""
+    from torchvision.datasets.utils import download_url
+    root, archive = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.zip"
+    if not root.is_dir():
+        try:
+            if not archive.exists():
+                download_url(TINY_IMAGENET_URL, data_dir, archive.name + ".part")
+                os.replace(archive.with_name(archive.name + ".part"), archive)
+            with zipfile.ZipFile(archive) as file:
+                unpacked = data_dir / f".tiny-imagenet.{os.getpid()}"
+                for member in tqdm(file.namelist(), desc="unpacking", disable=None):
+                    file.extract(member, unpacked)
+            os.replace(unpacked / "tiny-imagenet-200", root)
+            unpacked.rmdir()
+        except Exception as error:
+            raise InputError(f"tiny-imagenet could not be fetched or unpacked ({error}): put tiny-imagenet-200.zip or "
+                             f"the folder tiny-imagenet-200 into {data_dir}") from None
+    x_train, y_train, names = image_folder(root / "train", 64)
+    try:
+        lines = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        labels = np.array([names.index(wnid) for _, wnid in lines])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{root}/val/val_annotations.txt cannot be read ({error}): unpack the archive again") from None
+    return dict(zip(ARRAYS, (x_train, y_train, read_images([root / "val/images" / file for file, _ in lines], 64), labels)))
+
+
+def image_folder(root, image_size=None, names=None):
+    """Images and labels of root/<class>/**, and the class names; `names` demands those classes."""
+    from torchvision.datasets import ImageFolder
+    try:
+        folder = ImageFolder(root)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{root} is not a folder of class folders with images: {str(error).splitlines()[0]}") from None
+    if names is not None and folder.classes != names:
+        raise InputError(f"{root} has the classes {folder.classes[:5]}…, train has {names[:5]}…: give both the same folders")
+    files, labels = zip(*folder.samples)
+    return read_images(files, image_size), np.array(labels), folder.classes
+
+
+def read_images(files, image_size=None):
+    """uint8 [N, H, H, 3] of image files; image_size resizes the short side and crops the centre, else sizes must agree."""
+    from PIL import Image, ImageOps
+    images = None
+    for k, file in enumerate(tqdm(files, desc="reading images", disable=None)):
+        try:
+            image = Image.open(file).convert("RGB")
+        except Exception as error:   # PIL raises many kinds on a damaged file
+            raise InputError(f"{file} is not a readable image ({error}): replace or remove it") from None
+        if image_size:
+            image = ImageOps.fit(image, (image_size, image_size))
+        pixels = np.asarray(image)
+        images = np.empty((len(files), *pixels.shape), np.uint8) if images is None else images
+        if pixels.shape != images.shape[1:]:
+            raise InputError(f"{file} is {pixels.shape[:2]}, the others {images.shape[1:3]}: give --image-size to resize")
+        images[k] = pixels
+    return images
+
+
+# ---------------------------------------------------------------- models
+
+RESNET_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+ARCHS = tuple(f"resnet{depth}" for depth in RESNET_DEPTHS) + ("mobilenetv2", "mlp", "cnn")
+
+
+def conv3x3(channels_in, channels_out, stride=1, groups=1):
+    return nn.Conv2d(channels_in, channels_out, 3, stride, 1, groups=groups, bias=False)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels_in, channels_out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
+        self.conv2, self.bn2 = conv3x3(channels_out, channels_out), nn.BatchNorm2d(channels_out)
+        self.stride, self.extra = stride, channels_out - channels_in
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.extra:   # option A: subsample and pad with zero channels, no parameters
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        return F.relu(out + x)
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet of depth 6n+2 with option-A shortcuts (He et al. 2016, §4.2); 16·width channels in the first stage."""
+
+    def __init__(self, depth, classes, in_channels=3, width=1.0):
+        super().__init__()
+        channels = max(1, round(16 * width))
+        layers = [conv3x3(in_channels, channels), nn.BatchNorm2d(channels), nn.ReLU()]
+        before = channels
+        for stage in range(3):
+            for block in range((depth - 2) // 6):
+                after = channels * 2 ** stage
+                layers.append(BasicBlock(before, after, 2 if stage and not block else 1))
+                before = after
+        self.features, self.fc = nn.Sequential(*layers), nn.Linear(before, classes)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, channels_in, channels_out, expansion, stride):
+        super().__init__()
+        hidden = expansion * channels_in
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(),
+            conv3x3(hidden, hidden, stride, groups=hidden), nn.BatchNorm2d(hidden), nn.ReLU(),
+            nn.Conv2d(hidden, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
+        self.residual = stride == 1
+        self.shortcut = nn.Sequential()
+        if self.residual and channels_in != channels_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
+
+    def forward(self, x):
+        return self.layers(x) + self.shortcut(x) if self.residual else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNet-v2 (Sandler et al. 2018) with the strides usual on CIFAR: the first two reductions are left out.
+
+    The 2.30M-parameter form for 10 classes, with a 1×1 shortcut where only the channels change and no dropout.
+    """
+    BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, classes, in_channels=3, width=1.0):
+        super().__init__()
+        before = max(1, round(32 * width))
+        layers = [conv3x3(in_channels, before), nn.BatchNorm2d(before), nn.ReLU()]
+        for expansion, channels, repeats, stride in self.BLOCKS:
+            for block in range(repeats):
+                after = max(1, round(channels * width))
+                layers.append(InvertedResidual(before, after, expansion, stride if not block else 1))
+                before = after
+        last = round(1280 * max(1.0, width))
+        layers += [nn.Conv2d(before, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU()]
+        self.features, self.fc = nn.Sequential(*layers), nn.Linear(last, classes)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def build_model(arch, classes, image, width=1.0, seed=0):
+    """A freshly initialised classifier: float images [B, C, H, W] to logits [B, classes].
+
+    arch: one of ARCHS or torchvision:<name>; image: (H, W, C) of the data; width multiplies the channels (hidden
+    units); seed: any key of `stream_seed`. The global random state is left alone. InputError when the architecture
+    is unknown or does not fit the images.
+    """
+    side, _, channels = image
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("init", seed))
+        if arch.startswith("torchvision:"):
+            model = torchvision_model(arch.removeprefix("torchvision:"), classes, channels)
+        elif arch in ARCHS and arch.startswith("resnet"):
+            model = ResNet(int(arch[6:]), classes, channels, width)
+        elif arch == "mobilenetv2":
+            model = MobileNetV2(classes, channels, width)
+        elif arch == "mlp":
+            hidden = max(1, round(256 * width))
+            model = nn.Sequential(nn.Flatten(), nn.Linear(side * side * channels, hidden), nn.ReLU(),
+                                  nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        elif arch == "cnn":   # no batch normalisation: the plain network of the eigenspace and gradient analyses
+            hidden = max(1, round(32 * width))
+            model = nn.Sequential(nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                                  nn.Conv2d(hidden, 2 * hidden, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                                  nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1), nn.ReLU(),
+                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * hidden, classes))
+        else:
+            raise InputError(f"unknown --arch {arch!r}: use {', '.join(ARCHS)} or torchvision:<name>")
+        if not arch.startswith("torchvision:"):
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, side, side))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--arch {arch} does not fit images of {side}×{side}×{channels} "
+                         f"({str(error).splitlines()[0]}): choose another architecture or larger images") from None
+    return model.train()
+
+
+def torchvision_model(name, classes, channels):
+    from torchvision import models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise InputError(f"unknown --arch torchvision:{name}: use one of {', '.join(known)}")
+    if channels != 3:
+        raise InputError(f"--arch torchvision:{name} takes 3-channel images, the data has {channels}: use one of {', '.join(ARCHS)}")
+    extra = dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T²·KL(teacher_T ‖ student_T), mean over the batch (Hinton et al. 2015, §2). Logits [B, C]; returns a scalar."""
+    teacher = F.log_softmax(teacher_logits / temperature, 1)
+    student = F.log_softmax(student_logits / temperature, 1)
+    return temperature ** 2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+# ---------------------------------------------------------------- flags
+
+# quick: seconds for digits on a CPU; its 50 epochs are where the digits teacher reaches the 88% aimed at. short: an hour-scale GPU recipe. paper: the published image recipe as best known.
+RECIPES = {
+    "quick": dict(epochs=50, batch_size=64, lr=0.1, warmup=3, schedule="cosine", milestones=()),
+    "short": dict(epochs=80, batch_size=512, lr=0.4, warmup=5, schedule="cosine", milestones=()),
+    "paper": dict(epochs=450, batch_size=1024, lr=1.0, warmup=15, schedule="step", milestones=(200, 300, 400)),
+    "paper tiny-imagenet": dict(epochs=200, batch_size=1024, lr=0.1, warmup=5, schedule="step", milestones=(75, 135)),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a bad flag with one line and exit code 2."""
+
+    def __init__(self, docstring):
+        super().__init__(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
+
+
+def number(kind, low=None, high=None, open_high=False, open_low=False):
+    """An argparse type: a finite `kind` (int or float) within low..high, its ends excluded where open."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or (low is not None and (value < low or open_low and value == low)) or (
+                high is not None and (value > high or open_high and value == high)):
+            ends = f"{'(' if open_low else '['}{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
+            raise argparse.ArgumentTypeError(f"{text} is outside {ends}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_flags(parser):
+    """The flags that every training script has: data, model, recipe, run."""
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, cifar10, cifar100, tiny-imagenet, npz:PATH or folder:PATH")
+    add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
+    add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
+    add("--label-noise", type=number(float, 0, 1, open_high=True), help="share of training labels replaced by another class (default: 0.3 for digits, else 0)")
+    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
+    add("--image-size", type=number(int, 8), help="resize the images of folder:PATH to this side")
+    add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
+    add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the channels of the model")
+    add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the eight flags below")
+    add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along unless given")
+    add("--batch-size", type=number(int, 1), help="images per step; the last, incomplete batch of an epoch is dropped")
+    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate")
+    add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
+    add("--schedule", choices=("cosine", "step"), help="after warm-up: cosine to zero, or ×0.1 at each milestone")
+    add("--milestones", type=number(float, 0), nargs="*", help="epochs at which the step schedule multiplies by 0.1")
+    add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay on all parameters")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
+    add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="one run for each seed")
+    add("--out", help="run folder; -s<seed> is appended when there are several seeds (default: runs/<what>-s<seed>)")
+    add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
+    add("--eval-every", type=number(int, 1), default=1, help="epochs between test evaluations")
+    add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
+    add("--quiet", action="store_true", help="one line per run instead of one per epoch")
+
+
+def resolve(args):
+    """Fill in what the flags left to the recipe and the machine; returns args."""
+    recipe = args.recipe
+    if recipe == "paper" and args.data == "tiny-imagenet":
+        recipe = "paper tiny-imagenet"
+    preset = RECIPES[recipe]
+    scale = (args.epochs or preset["epochs"]) / preset["epochs"]
+    for flag, value in preset.items():
+        if getattr(args, flag) is None:
+            if flag == "warmup":
+                value *= scale
+            if flag == "milestones":
+                value = [milestone * scale for milestone in value]
+            setattr(args, flag, value)
+    if args.schedule == "step" and not args.milestones:
+        raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
+    if args.warmup >= args.epochs:
+        raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; use --device cpu")
+    if args.precision == "auto":
+        args.precision = "bf16" if args.device == "cuda" else "fp32"
+    return args
+
+
+def data_from(args):
+    """`load_data` with the flags of `add_flags`."""
+    return load_data(args.data, args.data_dir, args.subset, args.label_noise, args.data_seed, args.image_size, args.device)
+
+
+# ---------------------------------------------------------------- run folders
+
+# Flags that say where and how to run, not what: a run may be continued with other values of them.
+NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher")
+
+
+def run_folder(args, seed, default):
+    """The run folder of one seed: --out (with -s<seed> if there are several seeds), else runs/<default>-s<seed>."""
+    if args.out is None:
+        return Path("runs") / f"{default}-s{seed}"
+    return Path(args.out if len(args.seeds) == 1 else f"{args.out}-s{seed}")
+
+
+def default_name(args, what):
+    """A run name from the flags: data, architecture and what is trained."""
+    data = args.data.split(":")[-1].rstrip("/").split("/")[-1] if ":" in args.data else args.data
+    return f"{data}-{args.arch.replace('torchvision:', '')}-{what}"
+
+
+def weights_hash(model):
+    """sha256 of all parameters and buffers of a model."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions():
+    """Versions of what the numbers depend on, the device's name and the git commit (None outside a checkout)."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                git_commit=git.stdout.strip() or None, hardware=device, threads=torch.get_num_threads())
+
+
+def start_run(run, args, role, seed, data, model, **extra):
+    """Make or check a run folder before training. Returns True when there is something to train.
+
+    A finished run of the same settings prints so and returns False; a run folder of other settings is an InputError
+    unless --overwrite was given; an unfinished run of the same settings is continued. `extra` goes into config.json.
+    """
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    flags = json.loads(json.dumps(dict(flags, label_noise=data.facts["label_noise"])))
+    config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, **extra,
+                  parameters=sum(p.numel() for p in model.parameters()), device=args.device, teacher_run=getattr(args, "teacher", None),
+                  command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+    run.mkdir(parents=True, exist_ok=True)
+    exists = (run / "config.json").exists()
+    if exists and not args.overwrite:
+        before = read_json(run / "config.json")
+        same = {key: before.get(key) for key in ("role", "seed", "flags", "data", *extra)}
+        differing = [f"{key}: {was!r} there, {now!r} now"
+                     for key, was, now in _differences(same, {key: config[key] for key in same})]
+        if differing:
+            raise InputError(f"{run} holds a run with other settings ({'; '.join(differing[:4])}): "
+                             "choose another --out, or discard it with --overwrite")
+        if (run / "logits.npz").exists():
+            print(f"{run} is finished already; --overwrite would train it again")
+            return False
+        return True
+    if not exists and not args.overwrite and any(run.iterdir()):
+        raise InputError(f"{run} is not empty and not a run folder: choose another --out")
+    for name in ("logits.npz", "checkpoint.pt", "metrics.jsonl"):   # logits first: it is what says "finished"
+        (run / name).unlink(missing_ok=True)
+    write_json(run / "config.json", config)
+    return True
+
+
+def _differences(before, after, prefix=""):
+    for key in sorted(set(before) | set(after)):
+        was, now = before.get(key), after.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            yield prefix + key, was, now
+
+
+def finished_config(run):
+    """config.json of a finished run; InputError when the folder is missing, not a run, or not finished."""
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise InputError(f"{run} is not a run folder (no config.json): give a folder that train_teacher.py or train_student.py wrote")
+    config = read_json(run / "config.json")
+    if not (run / "logits.npz").exists():
+        raise InputError(f"{run} is not finished (no logits.npz): continue it with: {config.get('command', 'its training command')}")
+    return config
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: train that run again") from None
+    except Exception as error:   # zip, pickle and torch each raise their own kinds on a damaged file
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): train that run again with --overwrite") from None
+
+
+def last_metrics(run):
+    """The last line of a run's metrics.jsonl as a dict."""
+    try:
+        return json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{run}/metrics.jsonl cannot be read ({error}): train that run again with --overwrite") from None
+
+
+def load_teacher(run, data):
+    """The trained model of a finished run, in eval mode on data's device, checked against `data`.
+
+    InputError when its classes, data, subset or label noise differ from `data`, or when its test accuracy here is
+    not what the run recorded (other weights, or another normalisation).
+    """
+    config = finished_config(run)
+    for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
+        if config["data"][key] != data.facts[key]:
+            raise InputError(f"teacher {run} was trained on data with {key} {config['data'][key]}, the student's has "
+                             f"{data.facts[key]}: give both the same --data, --subset, --label-noise and --data-seed")
+    model = build_model(config["arch"], data.classes, data.facts["image"], config["flags"]["width"]).to(data.device)
+    try:
+        model.load_state_dict(load_checkpoint(Path(run) / "checkpoint.pt", data.device)["model"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"{run}/checkpoint.pt does not fit {config['arch']} ({str(error).splitlines()[0]}): train it again") from None
+    model = model.to(memory_format=torch.channels_last).eval()
+    recorded = last_metrics(run)["test_acc"]
+    measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
+    if abs(measured - recorded) > 0.002:   # 0.2 points: float noise between devices
+        raise InputError(f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%: "
+                         "its checkpoint or the data has changed; train it again")
+    return model
+
+
+# ---------------------------------------------------------------- training engine
+
+
+def epoch_stream(data, role, seed, epoch, view_seed=None):
+    """Order [N] of the training images and view [N] of every image in one epoch, on the CPU.
+
+    Both depend on their key alone, so a run can be continued, or a view recomputed, without replaying what came
+    before. view_seed gives several runs the same views, each in its own order.
+    """
+    n = len(data.y_train)
+    order = torch.randperm(n, generator=generator("order", role, seed, epoch))
+    views = torch.randint(data.n_views, (n,), generator=generator("views", role, seed if view_seed is None else view_seed, epoch))
+    return order, views
+
+
+def learning_rate(step, args, per_epoch):
+    """Learning rate of a step (counted from 0): linear warm-up, then cosine to zero or ×0.1 at the milestones."""
+    epoch = step / per_epoch
+    if epoch < args.warmup:
+        return args.lr * (step + 1) / (args.warmup * per_epoch + 1)
+    if args.schedule == "step":
+        return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup) / (args.epochs - args.warmup)))
+
+
+@torch.no_grad()
+def logits_of(model, data, images, batch=1000):
+    """float32 logits [N, classes] of un-augmented uint8 images, in eval mode and full precision."""
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(data.normalise(images[k:k + batch])).float() for k in range(0, len(images), batch)])
+    model.train(training)
+    return logits
+
+
+def total_steps(args, data):
+    """(steps per epoch, steps of the whole run)."""
+    per_epoch = len(data.y_train) // min(args.batch_size, len(data.y_train))
+    return per_epoch, per_epoch * args.epochs
+
+
+def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=None, start_from=None):
+    """Train `model` in the run folder `run`, from its checkpoint if it has one, and leave logits.npz there.
+
+    loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight) -> scalar, where teacher_logits is None whenever
+    kd_weight is 0; weights_at(step) -> (ce_weight, kd_weight). snapshots {step: path}: also save the state before
+    that step. start_from: a checkpoint to begin with when the run folder has none. A SIGINT or SIGTERM saves and
+    exits 130; on a CPU the continued run ends in the same weights, bit for bit. Returns the last line of metrics.
+    """
+    per_epoch, total = total_steps(args, data)
+    batch = min(args.batch_size, len(data.y_train))
+    device = torch.device(args.device)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                                nesterov=args.momentum > 0, fused=device.type == "cuda")
+    torch.manual_seed(stream_seed("dropout", role, seed))   # only models with dropout draw from it
+    step, history, spent = 0, [], 0.0
+    loss_sum, correct = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
+
+    def save(path):
+        state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history,
+                     loss_sum=loss_sum, correct=correct, spent=spent + time.perf_counter() - started,
+                     rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if device.type == "cuda" else [])
+        write_atomic(path, lambda file: torch.save(state, file))
+
+    checkpoint = run / "checkpoint.pt"
+    source = checkpoint if checkpoint.exists() else start_from
+    if source is not None:
+        state = load_checkpoint(source, device)
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, history, spent = state["step"], state["history"], state["spent"]
+            loss_sum, correct = state["loss_sum"], state["correct"]
+            torch.set_rng_state(state["rng"].cpu())
+            if device.type == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"{source} does not fit this run ({str(error).splitlines()[0][:120]}): discard it with --overwrite") from None
+        if source == checkpoint and not args.quiet:
+            print(f"{run}: continuing at step {step} of {total}")
+
+    stop = []
+    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
+    try:
+        for epoch in range(step // per_epoch, args.epochs):
+            order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, getattr(args, "view_seed", None)))
+            model.train()
+            started = time.perf_counter()
+            for within in range(step % per_epoch, per_epoch):
+                if snapshots and step in snapshots:
+                    save(snapshots[step])
+                lr = learning_rate(step, args, per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                ce_weight, kd_weight = weights_at(step)
+
+                index = order[within * batch:(within + 1) * batch]
+                images, labels = data.batch(index, views[index]), data.y_train[index]
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    logits = model(images)
+                    with torch.no_grad():
+                        teacher_logits = teacher(images).float() if kd_weight else None
+                logits = logits.float()
+                loss = loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+                loss_sum += loss.detach()
+                correct += (logits.detach().argmax(1) == labels).sum()
+                step += 1
+                bar.update()
+                if stop:
+                    break
+            if not torch.isfinite(loss_sum):
+                raise InputError(f"the loss became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
+                                 "or lengthen --warmup; the last checkpoint is kept")
+            if step % per_epoch == 0:
+                seconds = spent + time.perf_counter() - started
+                line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight,
+                            train_loss=loss_sum.item() / per_epoch, train_acc=correct.item() / (per_epoch * batch),
+                            seconds=round(seconds, 3), images_per_s=round(per_epoch * batch / seconds, 1))
+                if (epoch + 1) % args.eval_every == 0 or step == total:
+                    test = logits_of(model, data, data.x_test)
+                    line["test_loss"] = F.cross_entropy(test, data.y_test).item()
+                    line["test_acc"] = (test.argmax(1) == data.y_test).double().mean().item()
+                    line["best_test_acc"] = max([line["test_acc"]] + [past["test_acc"] for past in history if "test_acc" in past])
+                history.append(line)
+                loss_sum, correct, spent = torch.zeros_like(loss_sum), torch.zeros_like(correct), 0.0
+                started = time.perf_counter()
+                write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+                if not args.quiet:
+                    bar.write(_epoch_line(line, args.epochs))
+            if stop or step == total or (epoch + 1) % args.save_every == 0:
+                save(checkpoint)
+            if stop:
+                print(f"{run}: saved at step {step} of {total}; continue with: "
+                      f"{shlex.join(['python', Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != '--overwrite')])}")
+                raise SystemExit(130)
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+    save_logits(run, model, data)
+    print(f"{run}: test {100 * history[-1]['test_acc']:.2f}% (best {100 * history[-1]['best_test_acc']:.2f}%), "
+          f"train {100 * history[-1]['train_acc']:.2f}%, {sum(line['seconds'] for line in history):.0f} s, "
+          f"{np.median([line['images_per_s'] for line in history]):.0f} images/s")
+    return history[-1]
+
+
+def _epoch_line(line, epochs):
+    test = f"  test {line['test_loss']:.3f} {100 * line['test_acc']:5.2f}%" if "test_acc" in line else ""
+    return (f"epoch {line['epoch']:3d}/{epochs}  lr {line['lr']:.4f}  train {line['train_loss']:.3f} {100 * line['train_acc']:5.2f}%{test}"
+            f"  {line['seconds']:.1f} s  {line['images_per_s']:.0f} images/s")
+
+
+LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
+
+
+def save_logits(run, model, data):
+    """Write logits.npz: float32 logits of the un-augmented train and test images, labels, clean labels, indices.
+
+    It is written last, so its presence says that the run is finished.
+    """
+    values = (logits_of(model, data, data.x_train), data.y_train, data.y_clean, data.index, logits_of(model, data, data.x_test), data.y_test)
+    arrays = {name: value.cpu().numpy() for name, value in zip(LOGITS, values)}
+    write_atomic(run / "logits.npz", lambda file: np.savez(file, **arrays))
+
+
+# ---------------------------------------------------------------- intervals and claims
+
+
+def mean_interval(values, level=0.95):
+    """(mean, low, high): Student's t interval of the mean of independent seeds; infinite ends for a single value."""
+    from scipy import stats
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), -math.inf, math.inf
+    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def verdict(interval, threshold, above=True):
+    """holds when the whole interval (low, high) lies above (below) the threshold, fails when on the other side, else unclear."""
+    low, high = interval if above else (-interval[1], -interval[0])
+    threshold = threshold if above else -threshold
+    return "holds" if low > threshold else "fails" if high < threshold else "unclear"
+
+
+def claim(text, expected, value, low, high, threshold, above=True, note=""):
+    """One row of a claims table. `value` with its 95% interval low..high is held against `threshold`."""
+    return dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=verdict((low, high), threshold, above), note=note)
+
+
+def claims_markdown(rows):
+    """The claims as a Markdown table."""
+    text = "| claim | expected | measured | 95% interval | verdict | note |\n|---|---|---|---|---|---|\n"
+    for row in rows:
+        text += f"| {row['claim']} | {row['expected']} | {row['measured']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['verdict']} | {row['note']} |\n"
+    return text
+
+
+def save_claims(folder, rows):
+    """Write claims.json and claims.md into `folder` and print the table."""
+    write_json(Path(folder) / "claims.json", rows)
+    write_text(Path(folder) / "claims.md", claims_markdown(rows))
+    print(claims_markdown(rows))
+
+
+def save_figure(figure, folder, name):
+    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path."""
+    for ending in ("pdf", "png"):
+        # No date in the file: the same run folders give the same bytes.
+        metadata = dict(CreationDate=None) if ending == "pdf" else None
+        write_atomic(Path(folder) / f"{name}.{ending}", lambda file: figure.savefig(file, format=ending, dpi=150, metadata=metadata))
+    print(f"figure: {Path(folder) / name}.png")
