@@ -191,7 +191,9 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
                          f"use at most {len(x_train)}, or 0 for all")
 
     # Statistics of the full training set, so that a subset is normalised like the whole (0..1 units).
-    histogram = [np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])]
+    channels = range(x_train.shape[3])
+    histogram = sum(np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in channels])
+                    for part in np.array_split(x_train, max(1, len(x_train) // 256)))   # in parts: bincount copies to int64
     levels = np.arange(256) / 255
     mean = np.array([(h * levels).sum() / h.sum() for h in histogram])
     std = np.array([np.sqrt((h * (levels - m) ** 2).sum() / h.sum()) for h, m in zip(histogram, mean)])
@@ -935,6 +937,16 @@ def save_claims(folder, rows):
     write_json(Path(folder) / "claims.json", rows)
     write_text(Path(folder) / "claims.md", claims_markdown(rows))
     print(claims_markdown(rows))
+
+
+def show_results(folder):
+    """Print every claims table below `folder` as one, and the paths of the figures."""
+    rows = []
+    for file in sorted(Path(folder).rglob("claims.json")):
+        rows += [dict(row, claim=f"{file.parent.relative_to(folder)}: {row['claim']}") for row in read_json(file)]
+    print(claims_markdown(rows))
+    for figure in sorted(Path(folder).rglob("*.png")):
+        print(f"figure: {figure}")
 
 
 def save_figure(figure, folder, name):

@@ -1,0 +1,780 @@
+"""Behaviour of every script at tiny size, through the real command line where a user would use it.
+
+    make test          or          python -m pytest -q test_smoke.py
+
+No test depends on time or on the network. With DISOBEY_TEST_DATA naming a folder that holds cifar10.npz, real CIFAR-10
+is trained on as well.
+"""
+import functools
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import pickle
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import analyze_deviation
+import common
+
+HERE = Path(__file__).parent
+TINY = ["--epochs", "2", "--width", "0.25", "--subset", "300", "--quiet", "--device", "cpu"]
+
+
+def _forked(script, args, cwd, out, err):
+    os.chdir(cwd)
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = [str(HERE / script), *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_cli(script, *args, cwd):
+    """Run a script as a user does; returns its exit code and output. The process is forked from one that has torch
+    loaded already, which saves the two seconds that importing it takes."""
+    os.environ["OMP_NUM_THREADS"] = "1"   # several run at once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_smoke"])
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = context.Process(target=_forked, args=(script, [str(arg) for arg in args], cwd, out, err))
+        process.start()
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())
+
+
+def run_process(script, *args, cwd):
+    """The same in a process of its own, from nothing."""
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def ok(process):
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def one_line_error(process, *words):
+    """The process ended with exit code 2 and exactly one line on stderr that holds all words."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), process.stdout + process.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def hashes(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()}
+
+
+def without_times(lines):
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with tiny finished runs: teacher-s0, teacher-s1, kd-s0, kd-s1, onehot-s0, onehot-s1."""
+    folder = tmp_path_factory.mktemp("a folder with spaces")
+    seeds = ["--seeds", 0, 1]
+    ok(run_cli("train_teacher.py", *TINY, *seeds, "--out", "runs/teacher", cwd=folder))
+    students = [("kd",), ("onehot", "--kd-weight", 0, "--ce-weight", 1)]
+    with ThreadPoolExecutor(2) as pool:
+        for process in pool.map(lambda s: run_cli("train_student.py", *TINY, *seeds, "--teacher", "runs/teacher-s{seed}",
+                                                  "--out", f"runs/{s[0]}", *s[1:], cwd=folder), students):
+            ok(process)
+    return folder
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("arch, classes, expected", [
+    ("resnet8", 10, 75_290), ("resnet20", 10, 269_722), ("resnet32", 10, 464_154), ("resnet44", 10, 658_586),
+    ("resnet56", 10, 853_018), ("resnet110", 10, 1_727_962), ("mobilenetv2", 10, 2_296_922)])
+def test_parameter_counts_are_the_published_ones(arch, classes, expected):
+    # He et al. 2016, table 6: 0.27M, 0.46M, 0.66M, 0.85M, 1.7M for option A; MobileNet-v2 on CIFAR-10: 2.30M.
+    assert sum(p.numel() for p in common.build_model(arch, classes, (32, 32, 3)).parameters()) == expected
+
+
+@pytest.mark.parametrize("arch, image", [(a, i) for a in ("resnet14", "mobilenetv2", "mlp", "cnn") for i in ((8, 8, 1), (32, 32, 3))]
+                         + [("torchvision:resnet18", (32, 32, 3)), ("torchvision:googlenet", (64, 64, 3))])
+def test_models_map_images_to_logits_and_depend_on_the_seed_alone(arch, image):
+    side, _, channels = image
+    before = torch.get_rng_state()
+    one, same, other = (common.build_model(arch, 7, image, 0.5, seed).eval() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    x = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert one(x).shape == (2, 7) and torch.equal(one(x), same(x)) and not torch.equal(one(x), other(x))
+
+
+def test_width_scales_channels():
+    assert common.build_model("resnet8", 10, (8, 8, 1), 2.0).features[0].out_channels == 32
+
+
+# ---------------------------------------------------------------- data
+
+
+def random_data(n=40, side=32, channels=3, pad=4, flip=True, classes=5):
+    rng = np.random.default_rng(0)
+    images = torch.tensor(rng.integers(0, 256, (n, side, side, channels)), dtype=torch.uint8)
+    labels = torch.tensor(rng.integers(0, classes, n))
+    mean, std = torch.tensor([0.2, 0.5, 0.7][:channels]), torch.tensor([0.3, 0.2, 0.1][:channels])
+    return common.Data(images, labels, labels, torch.arange(n), images, labels, mean, std, classes, pad, flip,
+                       dict(image=[side, side, channels], classes=classes))
+
+
+@pytest.mark.parametrize("side, channels, pad, flip", [(32, 3, 4, True), (8, 1, 1, False)])
+def test_every_view_equals_a_plain_per_image_crop_and_flip(side, channels, pad, flip):
+    import torchvision.transforms.v2.functional as T
+    data = random_data(3, side, channels, pad, flip)
+    assert data.n_views == (162 if flip else 9)
+    seen = set()
+    for dy in range(2 * pad + 1):
+        for dx in range(2 * pad + 1):
+            for mirrored in (0, 1) if flip else (0,):
+                view = data.view_id(dy, dx, mirrored)
+                seen.add(view)
+                got = data.batch(torch.tensor([0, 1, 2]), torch.full((3,), view))
+                for k in range(3):
+                    plain = T.pad(data.x_train[k].permute(2, 0, 1), [pad] * 4)[:, dy:dy + side, dx:dx + side]
+                    plain = T.horizontal_flip(plain) if mirrored else plain
+                    plain = T.normalize(T.to_dtype(plain, torch.float32, scale=True), data.mean.tolist(), data.std.tolist())
+                    assert torch.allclose(got[k], plain, atol=1e-6)
+    assert seen == set(range(data.n_views))
+    centre = data.batch(torch.arange(3), torch.full((3,), data.view_id(pad, pad)))
+    assert torch.equal(centre, data.normalise(data.x_train))
+    assert centre.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_mixes_images_and_views_independently():
+    data = random_data()
+    index, view = torch.tensor([7, 3, 7, 20]), torch.tensor([0, 161, 80, 81])
+    together = data.batch(index, view)
+    for k in range(4):
+        assert torch.equal(together[k:k + 1], data.batch(index[k:k + 1], view[k:k + 1]))
+
+
+def test_epoch_streams_are_permutations_fixed_by_their_key():
+    data = random_data(1000)
+    order, views = common.epoch_stream(data, "student", 3, 5)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert 0 <= views.min() and views.max() < data.n_views and len(views.unique()) > 140
+    again = common.epoch_stream(data, "student", 3, 5)
+    assert torch.equal(order, again[0]) and torch.equal(views, again[1])
+    for other in (("teacher", 3, 5), ("student", 4, 5), ("student", 3, 6)):
+        other_order, other_views = common.epoch_stream(data, *other)
+        assert not torch.equal(order, other_order) and not torch.equal(views, other_views)
+    shared = [common.epoch_stream(data, "student", seed, 0, view_seed=9) for seed in (1, 2)]
+    assert torch.equal(shared[0][1], shared[1][1]) and not torch.equal(shared[0][0], shared[1][0])
+
+
+def test_label_noise_is_symmetric_fixed_by_the_data_seed_and_leaves_clean_labels():
+    clean, noisy, more = (common.load_data("digits", label_noise=p) for p in (0.0, 0.3, 0.6))
+    assert torch.equal(clean.y_train, clean.y_clean) and torch.equal(noisy.y_clean, clean.y_train)
+    assert torch.equal(noisy.y_test, clean.y_test)
+    flipped = noisy.y_train != noisy.y_clean
+    assert abs(flipped.double().mean() - 0.3) < 3 * (0.3 * 0.7 / 1297) ** 0.5
+    assert noisy.facts["flipped"] == flipped.sum()
+    assert (flipped <= (more.y_train != more.y_clean)).all()
+    offsets = torch.bincount((more.y_train - more.y_clean)[more.y_train != more.y_clean] % 10, minlength=10)
+    assert offsets[0] == 0 and scipy.stats.chisquare(offsets[1:].numpy()).pvalue > 0.001
+    small = common.load_data("digits", label_noise=0.3, subset=200)
+    assert torch.equal(small.y_train, noisy.y_train[small.index]) and torch.equal(small.x_train, noisy.x_train[small.index])
+    assert not torch.equal(noisy.y_train, common.load_data("digits", label_noise=0.3, data_seed=1).y_train)
+    assert common.load_data("digits").facts["label_noise"] == 0.3
+
+
+def test_subsets_are_class_balanced_and_nested():
+    small, large = (common.load_data("digits", subset=n) for n in (205, 400))
+    counts = torch.bincount(small.y_clean, minlength=10)
+    assert len(small.y_train) == 205 and counts.max() - counts.min() == 1
+    assert set(small.index.tolist()) < set(large.index.tolist())
+
+
+def test_normalisation_uses_the_statistics_of_the_full_training_set():
+    full, small = common.load_data("digits"), common.load_data("digits", subset=50)
+    x = full.normalise(full.x_train).double()
+    assert abs(x.mean()) < 1e-5 and abs(x.std() - 1) < 1e-4
+    assert torch.equal(full.mean, small.mean) and torch.equal(full.std, small.std)
+
+
+def write_arrays(path, n=60, side=16, classes=4, channels=3):
+    rng = np.random.default_rng(1)
+    arrays = {f"x_{s}": rng.integers(0, 256, (n, side, side, channels), dtype=np.uint8) for s in ("train", "test")}
+    arrays.update({f"y_{s}": np.arange(n) % classes for s in ("train", "test")})
+    np.savez(path, **arrays)
+    return arrays
+
+
+def fake_cifar(root, dataset, monkeypatch):
+    """Write the original python pickles with random images, and teach torchvision their checksums."""
+    rng, written = np.random.default_rng(2), {}
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    def put(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+    fine = "fine_labels" if "100" in dataset.__name__ else "labels"
+    for attribute in ("train_list", "test_list"):
+        files = []
+        for name, _ in getattr(dataset, attribute):
+            written[name] = dict(data=rng.integers(0, 256, (12, 3072), dtype=np.uint8), **{fine: (np.arange(12) % 10).tolist()})
+            files.append([name, put(name, written[name])])
+        monkeypatch.setattr(dataset, attribute, files)
+    meta = dict(dataset.meta, md5=put(dataset.meta["filename"], {dataset.meta["key"]: [str(c) for c in range(10)]}))
+    monkeypatch.setattr(dataset, "meta", meta)
+    return written
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_loads_from_the_original_folder_and_keeps_a_prepared_copy(name, tmp_path, monkeypatch):
+    from torchvision import datasets
+    dataset = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name]
+    written = fake_cifar(tmp_path, dataset, monkeypatch)
+    data = common.load_data(name, tmp_path)
+    first = written[dataset.train_list[0][0]]
+    assert np.array_equal(data.x_train[0].permute(2, 0, 1).flatten().numpy(), first["data"][0])
+    assert len(data.x_train) == 12 * len(dataset.train_list) and data.x_train.shape[1:] == (32, 32, 3)
+    with np.load(tmp_path / f"{name}.npz") as prepared:
+        assert sorted(prepared.files) == sorted(common.ARRAYS)
+    again = common.load_data(name, tmp_path)
+    assert again.facts["sha256"] == data.facts["sha256"]
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address on this machine under which a web server offers it."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+    (tmp_path / "served").mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "served"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar_downloads_through_torchvision(tmp_path, monkeypatch, served):
+    from torchvision import datasets
+    fake_cifar(tmp_path / "source", datasets.CIFAR10, monkeypatch)
+    folder, address = served
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "source" / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/{archive.name}")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    (tmp_path / "data").mkdir()
+    assert len(common.load_data("cifar10", tmp_path / "data").x_train) == 60
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/absent.tar.gz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.InputError, match="could not be downloaded.*put cifar10.npz"):
+        common.load_data("cifar10", tmp_path / "empty")
+
+
+def fake_tiny_imagenet(root):
+    rng, names = np.random.default_rng(3), ["n01443537", "n01629819"]
+    def image(path, mode="RGB"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).convert(mode).save(path)
+    for c, name in enumerate(names):
+        for k in range(3):
+            image(root / "train" / name / "images" / f"{name}_{k}.JPEG", "L" if k == 2 else "RGB")
+    for k in range(4):
+        image(root / "val" / "images" / f"val_{k}.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{names[k % 2]}\t0\t0\t62\t62\n" for k in range(4)))
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip", "download"])
+def test_tiny_imagenet_loads_from_folder_zip_and_download(layout, tmp_path, monkeypatch, served):
+    source, data_dir = tmp_path / "source", tmp_path / "data"
+    data_dir.mkdir()
+    fake_tiny_imagenet((data_dir if layout == "folder" else source) / "tiny-imagenet-200")
+    if layout != "folder":
+        archive = (data_dir if layout == "zip" else served[0]) / "tiny-imagenet-200.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in sorted(source.rglob("*")):
+                file.write(path, path.relative_to(source))
+        monkeypatch.setattr(common, "TINY_IMAGENET_URL", f"{served[1]}/{archive.name}")
+    data = common.load_data("tiny-imagenet", data_dir)
+    assert data.x_train.shape == (6, 64, 64, 3) and data.y_train.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.x_test.shape == (4, 64, 64, 3) and data.y_test.tolist() == [0, 1, 0, 1]
+    assert (data_dir / "tiny-imagenet.npz").exists() and not list(data_dir.glob(".*"))
+
+
+def test_folders_of_images_load_and_can_be_resized(tmp_path):
+    rng = np.random.default_rng(4)
+    for split in ("train", "val"):
+        for c in ("cat", "dog"):
+            (tmp_path / split / c).mkdir(parents=True)
+            for k in range(2):
+                Image.fromarray(rng.integers(0, 256, (20 + k, 24, 3), dtype=np.uint8)).save(tmp_path / split / c / f"{k}.png")
+    data = common.load_data(f"folder:{tmp_path}", image_size=16)
+    assert data.x_train.shape == (4, 16, 16, 3) and data.y_test.tolist() == [0, 0, 1, 1]
+    with pytest.raises(common.InputError, match="--image-size"):
+        common.load_data(f"folder:{tmp_path}")
+    (tmp_path / "val" / "dog" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(common.InputError, match="0.png is not a readable image"):
+        common.load_data(f"folder:{tmp_path}", image_size=16)
+
+
+# ---------------------------------------------------------------- loss and schedule
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd_loss_and_its_gradient_match_the_float64_formula(temperature):
+    rng = np.random.default_rng(5)
+    student, teacher = rng.normal(0, 4, (2, 6, 10))
+    p, q = (scipy.special.softmax(z / temperature, 1) for z in (teacher, student))
+    logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
+    loss = common.kd_loss(logits, torch.tensor(teacher, dtype=torch.float32), temperature)
+    loss.backward()
+    assert np.isclose(loss.item(), temperature ** 2 * scipy.stats.entropy(p, q, axis=1).mean(), rtol=1e-5)
+    assert np.allclose(logits.grad.numpy(), temperature * (q - p) / 6, atol=1e-6)
+
+
+def schedule(**flags):
+    args = dict(data="cifar100", recipe="paper", seeds=[0], device="cpu", precision="fp32", **{k: None for k in common.RECIPES["paper"]})
+    return common.resolve(SimpleNamespace(**dict(args, **flags)))
+
+
+def test_learning_rates_of_the_recipes():
+    args, per_epoch = schedule(), 48
+    rate = lambda epoch: common.learning_rate(round(epoch * per_epoch), args, per_epoch)
+    assert rate(0) < 0.01 and abs(rate(7.5) - 0.5) < 0.01
+    assert [rate(e) for e in (15, 199, 200, 300, 400, 449)] == pytest.approx([1, 1, 0.1, 0.01, 0.001, 0.001])
+    assert schedule(epochs=45).milestones == pytest.approx([20, 30, 40]) and schedule(epochs=45).warmup == 1.5
+    tiny = schedule(data="tiny-imagenet")
+    assert (tiny.epochs, tiny.lr, tiny.milestones) == (200, 0.1, [75, 135])
+    args = schedule(recipe="short")
+    assert common.learning_rate(5 * per_epoch, args, per_epoch) == 0.4 and common.learning_rate(80 * per_epoch - 1, args, per_epoch) < 1e-4
+
+
+def test_student_loss_is_the_weighted_sum(runs, monkeypatch):
+    """The loss that train_student.py hands to the engine is ce_weight·CE + kd_weight·T²·KL."""
+    import train_student
+    seen = {}
+    monkeypatch.setattr(common, "train", lambda *args, **kwargs: seen.update(loss_fn=args[6], weights=args[7](0)))
+    monkeypatch.chdir(runs)
+    train_student.main([*TINY, "--teacher", "runs/teacher-s0", "--kd-weight", "0.7", "--ce-weight", "0.2", "--temperature", "3", "--out", "runs/weighted"])
+    z, t, y = torch.randn(5, 10), torch.randn(5, 10), torch.arange(5)
+    assert seen["weights"] == (0.2, 0.7)
+    got = seen["loss_fn"](z, y, t, *seen["weights"])
+    assert torch.isclose(got, 0.2 * F.cross_entropy(z, y) + 0.7 * common.kd_loss(z, t, 3.0))
+    assert torch.isclose(seen["loss_fn"](z, y, None, 0.2, 0.0), 0.2 * F.cross_entropy(z, y))
+
+
+# ---------------------------------------------------------------- runs from the command line
+
+
+def test_a_run_folder_holds_what_was_trained(runs):
+    for name in ("teacher", "kd", "onehot"):
+        run = runs / "runs" / f"{name}-s0"
+        assert sorted(file.name for file in run.iterdir()) == ["checkpoint.pt", "config.json", "logits.npz", "metrics.jsonl"]
+        config = json.loads((run / "config.json").read_text())
+        assert config["flags"]["epochs"] == 2 and config["data"]["flipped"] > 0 and config["versions"]["torch"] == torch.__version__
+        data = common.load_data("digits", subset=300)
+        assert config["data"]["sha256"] == data.facts["sha256"]
+        model = common.build_model("resnet8", 10, (8, 8, 1), 0.25)
+        model.load_state_dict(common.load_checkpoint(run / "checkpoint.pt")["model"])
+        logits = common.read_npz(run / "logits.npz", common.LOGITS)
+        assert logits["train_logits"].dtype == np.float32
+        for split, images in (("train", data.x_train), ("test", data.x_test)):
+            with torch.no_grad():
+                assert np.allclose(logits[f"{split}_logits"], model.eval()(data.normalise(images)).numpy(), atol=1e-4)
+        for key, tensor in (("train_labels", data.y_train), ("train_clean_labels", data.y_clean), ("train_index", data.index), ("test_labels", data.y_test)):
+            assert np.array_equal(logits[key], tensor.numpy())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["best_test_acc"] == max(line["test_acc"] for line in lines)
+        assert lines[-1]["test_acc"] == pytest.approx((logits["test_logits"].argmax(1) == logits["test_labels"]).mean())
+
+
+def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(runs):
+    start = [common.weights_hash(common.build_model("resnet8", 10, (8, 8, 1), 0.25, (role, 0))) for role in ("teacher", "student")]
+    assert start[0] != start[1]
+    finals = [common.load_checkpoint(runs / "runs" / f"{name}-s0" / "checkpoint.pt")["model"]["fc.weight"] for name in ("teacher", "kd", "onehot")]
+    assert not torch.equal(finals[1], finals[2]) and not torch.equal(finals[0], finals[2])
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(runs):
+    run = runs / "runs" / "teacher-s0"
+    before = hashes(run)
+    command = [*TINY, "--seed", 0, "--out", "runs/teacher-s0"]
+    assert "is finished already" in ok(run_cli("train_teacher.py", *command, cwd=runs)) and hashes(run) == before
+    one_line_error(run_cli("train_teacher.py", *command, "--lr", 0.3, cwd=runs), "other settings", "lr", "--overwrite")
+    one_line_error(run_cli("train_student.py", *command, "--teacher", "runs/teacher-s1", cwd=runs), "other settings", "role")
+    assert hashes(run) == before
+
+
+def test_overwrite_trains_again(runs, tmp_path):
+    for extra in ([], ["--overwrite", "--lr", 0.05]):
+        ok(run_cli("train_teacher.py", *TINY, "--out", "t", *extra, cwd=tmp_path))
+    assert json.loads((tmp_path / "t" / "config.json").read_text())["flags"]["lr"] == 0.05
+    assert common.last_metrics(tmp_path / "t")["lr"] < 0.05
+
+
+def test_runs_are_reproducible_across_processes(runs, tmp_path):
+    ok(run_process("train_teacher.py", *TINY, "--seed", 1, "--out", "again", cwd=tmp_path))
+    weights = [common.load_checkpoint(path / "checkpoint.pt")["model"] for path in (tmp_path / "again", runs / "runs" / "teacher-s1")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.skipif("DISOBEY_TEST_DATA" not in os.environ, reason="DISOBEY_TEST_DATA does not name a folder with cifar10.npz")
+def test_real_cifar10_trains_from_teacher_to_figure(tmp_path):
+    flags = ["--data", "cifar10", "--data-dir", os.environ["DISOBEY_TEST_DATA"], "--subset", 500, "--epochs", 2, "--width", 0.5, "--eval-every", 2, "--quiet"]
+    ok(run_cli("train_teacher.py", *flags, "--out", "t", cwd=tmp_path))
+    ok(run_cli("train_student.py", *flags, "--teacher", "t", "--out", "s", cwd=tmp_path))
+    ok(run_cli("analyze_deviation.py", "--teacher", "t", "--student", "s", "--out", "r", "--bootstrap", 100, cwd=tmp_path))
+    assert common.last_metrics(tmp_path / "t")["test_acc"] > 0.12 and (tmp_path / "r" / "fig1a.png").exists()
+
+
+# ---------------------------------------------------------------- interruption and resume
+
+
+def engine(run, weights_at=lambda step: (1.0, 0.0), arch="resnet8", **changed):
+    """Train a tiny run through common.train, as train_teacher.py does."""
+    parser = common.Parser("")
+    common.add_flags(parser)
+    args = common.resolve(parser.parse_args([*TINY, "--epochs", "4", "--save-every", "2"]))
+    vars(args).update(changed)
+    data = common.data_from(args)
+    model = common.build_model(arch, data.classes, data.facts["image"], args.width, ("teacher", 0))
+    common.start_run(run, args, "teacher", 0, data, model)
+    common.train(run, model, data, args, "teacher", 0, lambda z, y, t, ce, kd: F.cross_entropy(z, y), weights_at)
+    return model.state_dict(), [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["signal", "crash"])
+@pytest.mark.parametrize("stop_at", [1, 9, 13])   # four steps per epoch, checkpoints after epochs 2 and 4
+def test_an_interrupted_run_ends_in_the_same_weights(kind, stop_at, tmp_path):
+    whole, metrics = engine(tmp_path / "whole")
+
+    def interrupt(step):
+        if step == stop_at and kind == "signal":
+            signal.raise_signal(signal.SIGTERM)
+        if step == stop_at and kind == "crash":
+            raise Crash
+        return 1.0, 0.0
+    with pytest.raises((SystemExit, Crash)) as caught:
+        engine(tmp_path / "cut", interrupt)
+    if kind == "signal":
+        assert caught.value.code == 130
+        assert common.load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == stop_at + 1
+    assert not (tmp_path / "cut" / "logits.npz").exists()
+    resumed, resumed_metrics = engine(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert without_times(metrics) == without_times(resumed_metrics)
+    assert sorted(f.name for f in (tmp_path / "cut").iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir())
+
+
+def test_dropout_resumes_exactly(tmp_path, monkeypatch):
+    build = common.build_model
+    def with_dropout(*args):
+        model = build("mlp", *args[1:])
+        model.insert(1, torch.nn.Dropout(0.3))
+        return model
+    monkeypatch.setattr(common, "build_model", with_dropout)
+    whole, _ = engine(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        engine(tmp_path / "cut", lambda step: (signal.raise_signal(signal.SIGINT) if step == 9 else None, (1.0, 0.0))[1])
+    torch.manual_seed(123)   # what the process did in between must not matter
+    resumed, _ = engine(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_ctrl_c_saves_and_prints_the_resume_command(tmp_path):
+    command = [sys.executable, str(HERE / "train_teacher.py"), "--epochs", "1000000", "--width", "0.25", "--out", "t", "--overwrite"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    while not (tmp_path / "t" / "checkpoint.pt").exists():   # endless run: only the signal ends it
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert output.splitlines()[-1].endswith("continue with: python train_teacher.py --epochs 1000000 --width 0.25 --out t")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    common.write_text(tmp_path / "f", "old")
+    def half(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        common.write_atomic(tmp_path / "f", half)
+    assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_flags_and_data_get_one_line(runs, tmp_path):
+    arrays = write_arrays(tmp_path / "good.npz")
+    np.savez(tmp_path / "float.npz", **dict(arrays, x_train=arrays["x_train"] / 255))
+    np.savez(tmp_path / "short.npz", **dict(arrays, y_train=arrays["y_train"][:-1]))
+    np.savez(tmp_path / "keys.npz", x_train=arrays["x_train"])
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:500])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("dear")
+    cases = [
+        (["--arch", "resnet9"], "unknown --arch", "resnet20"), (["--arch", "torchvision:resnet19"], "unknown --arch", "resnet18"),
+        (["--arch", "torchvision:resnet18"], "3-channel"), (["--arch", "torchvision:alexnet", "--data", "npz:good.npz", "--subset", "0"], "does not fit"),
+        (["--data", "imagenet"], "unknown --data", "npz:PATH"), (["--data", "npz:absent.npz"], "absent.npz", "does not exist"),
+        (["--data", "npz:float.npz"], "float64", "uint8"), (["--data", "npz:short.npz"], "y_train", "60"),
+        (["--data", "npz:keys.npz"], "lacks", "y_train"), (["--data", "npz:torn.npz"], "torn.npz", "not a readable"),
+        (["--data", "folder:notes"], "folder of class folders"), (["--subset", "9999"], "--subset 9999", "1297"),
+        (["--label-noise", "1"], "--label-noise", "[0, 1)"), (["--label-noise", "nan"], "--label-noise"), (["--epochs", "0"], "--epochs"),
+        (["--lr", "fast"], "--lr", "invalid"), (["--recipe", "slow"], "--recipe", "quick"), (["--epoch", "2"], "unrecognized arguments"),
+        (["--warmup", "7"], "--warmup 7"), (["--seeds", "1", "1"], "twice"), (["--schedule", "step"], "--milestones"),
+        (["--out", "file/run"], "file/run"), (["--out", "/proc/run"], "/proc/run", "writable"), (["--out", "notes"], "not empty", "--out"),
+    ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")])
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda case: run_cli("train_teacher.py", *TINY, "--out", "never", *case[0], cwd=tmp_path), cases)
+        for (_, *words), process in zip(cases, results):
+            one_line_error(process, *words)
+    assert not (tmp_path / "never").exists() and (tmp_path / "notes" / "thesis.txt").read_text() == "dear"
+
+
+def copy_run(source, target, **changed):
+    """A copy of a run folder; changed maps a file name to a function of its bytes, or to None to leave it out."""
+    target.mkdir()
+    for file in source.iterdir():
+        change = changed.get(file.name.split(".")[0], lambda content: content)
+        if change is not None:
+            (target / file.name).write_bytes(change(file.read_bytes()))
+
+
+def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
+    teacher, half = runs / "runs" / "teacher-s0", lambda content: content[:len(content) // 2]
+    copy_run(teacher, tmp_path / "unfinished", logits=None)
+    copy_run(teacher, tmp_path / "torn checkpoint", checkpoint=half)
+    copy_run(teacher, tmp_path / "torn config", config=half)
+    copy_run(teacher, tmp_path / "no metrics", metrics=lambda content: b"")
+    copy_run(teacher, tmp_path / "other arch", config=lambda content: content.replace(b'"arch": "resnet8"', b'"arch": "resnet14"'))
+    copy_run(teacher, tmp_path / "other weights")
+    state = common.load_checkpoint(tmp_path / "other weights" / "checkpoint.pt")
+    state["model"]["fc.weight"] = -state["model"]["fc.weight"]
+    torch.save(state, tmp_path / "other weights" / "checkpoint.pt")
+    copy_run(teacher, tmp_path / "code inside")
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+    torch.save(dict(model=Evil()), tmp_path / "code inside" / "checkpoint.pt")
+    write_arrays(tmp_path / "four.npz", side=8, channels=1)
+    (tmp_path / "empty").mkdir()
+    cases = [("absent", [], "not a run folder"), ("empty", [], "not a run folder"), ("unfinished", [], "not finished", "train_teacher.py"),
+             ("torn checkpoint", [], "damaged", "checkpoint.pt"), ("torn config", [], "config.json"), ("no metrics", [], "metrics.jsonl"),
+             ("other arch", [], "does not fit resnet14"), ("other weights", [], "test accuracy here but recorded"), ("code inside", [], "damaged"),
+             (teacher, ["--data", "npz:four.npz", "--subset", "0"], "classes 10", "4"), (teacher, ["--label-noise", "0.1"], "label_noise 0.3"),
+             (teacher, ["--subset", "100"], "subset 300"), (teacher, ["--data-seed", "1"], "data_seed 0"),
+             (teacher, ["--kd-weight", "0"], "no loss"), (teacher, ["--temperature", "0"], "--temperature")]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda case: run_cli("train_student.py", *TINY, "--out", "never", "--teacher", case[0], *case[1], cwd=tmp_path), cases)
+        for (_, _, *words), process in zip(cases, results):
+            one_line_error(process, *words)
+    assert not (tmp_path / "never").exists() and not (tmp_path / "ran").exists()
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path):
+    good, _ = engine(tmp_path / "t", epochs=8, save_every=1, lr=0.01)
+    process = run_cli("train_teacher.py", *TINY, "--epochs", 30, "--lr", 1e9, "--warmup", 0, "--out", "n", cwd=tmp_path)
+    one_line_error(process, "NaN", "--lr")
+    assert not (tmp_path / "n" / "logits.npz").exists()
+    checkpoint = tmp_path / "n" / "checkpoint.pt"
+    assert not checkpoint.exists() or all(torch.isfinite(v).all() for v in common.load_checkpoint(checkpoint)["model"].values())
+
+
+def test_a_torn_checkpoint_of_an_unfinished_run_is_not_lost(runs, tmp_path):
+    copy_run(runs / "runs" / "teacher-s0", tmp_path / "t", logits=None, checkpoint=lambda content: content[:1000])
+    before = hashes(tmp_path / "t")
+    one_line_error(run_cli("train_teacher.py", *TINY, "--out", "t", cwd=tmp_path), "damaged", "--overwrite")
+    assert hashes(tmp_path / "t") == before
+
+
+# ---------------------------------------------------------------- deviation analysis
+
+
+def test_phi_is_exact_for_saturated_and_ordinary_logits():
+    z = np.array([[800.0, 0, 0], [-900.0, 5, 1], [1.0, 2, 0.5], [60, 0, -3]])
+    assert np.allclose(analyze_deviation.phi_of_class(z, np.array([0, 0, 1, 0]))[:2], [800 - np.log(2), -900 - np.log(np.exp(5) + np.e)])
+    p = scipy.special.softmax(z[2])[1]
+    assert np.isclose(analyze_deviation.phi_of_class(z, np.array([0, 0, 1, 0]))[2], np.log(p / (1 - p)))
+
+
+def random_points(n=400, classes=6, seed=0, spread=2.0):
+    rng = np.random.default_rng(seed)
+    teacher = rng.normal(0, spread, (n, classes))
+    return dict(teacher=teacher, labels=rng.integers(0, classes, n),
+                networks=dict(student=teacher + rng.normal(0, 1, teacher.shape), control=rng.normal(0, spread, (n, classes))))
+
+
+def plain_statistics(x, y, low, high):
+    """The statistics of one sample by their definitions, with scipy and numpy."""
+    fit, low_fit = scipy.stats.linregress(x, y), scipy.stats.linregress(x[low], y[low])
+    return dict(slope=fit.slope, intercept=fit.intercept, low_slope=low_fit.slope, low_below=np.mean(y[low] < x[low]),
+                low_gap=np.mean(y[low] - x[low]), high_gap=np.mean(y[high] - x[high]))
+
+
+def test_statistics_match_their_definitions():
+    from sklearn.metrics import accuracy_score, log_loss
+    point = random_points()
+    got = analyze_deviation.replicates(point, 100)
+    for kind, classes in (("predicted", point["teacher"].argmax(1)), ("label", point["labels"])):
+        x = analyze_deviation.phi_of_class(point["teacher"], classes)
+        for name in ("student", "control"):
+            y = analyze_deviation.phi_of_class(point["networks"][name], classes)
+            plain = plain_statistics(x, y, x <= np.quantile(x, 0.25), x >= np.quantile(x, 0.75))
+            for key, value in plain.items():
+                assert np.isclose(got[kind, name, key][0], value), (kind, name, key)
+            assert np.isclose(got[kind, "student-control", "slope"][0], got[kind, "student", "slope"][0] - got[kind, "control", "slope"][0])
+    p, q = (scipy.special.softmax(z, 1) for z in (point["teacher"], point["networks"]["student"]))
+    value = lambda key: got["fidelity", "student", key][0]
+    assert np.isclose(value("accuracy"), accuracy_score(point["labels"], q.argmax(1)))
+    assert np.isclose(value("agreement"), accuracy_score(p.argmax(1), q.argmax(1)))
+    assert np.isclose(value("nll"), log_loss(point["labels"], q, labels=range(6)))
+    assert np.isclose(value("kl"), scipy.stats.entropy(p, q, axis=1).mean())
+    confidence, correct, ece = q.max(1), q.argmax(1) == point["labels"], 0.0
+    for b in range(15):
+        inside = (confidence >= b / 15) & (confidence < (b + 1) / 15)
+        ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean()) if inside.any() else 0
+    assert np.isclose(value("ece"), ece)
+
+
+def test_weighted_bootstrap_equals_a_plain_bootstrap():
+    point = random_points(200)
+    got = analyze_deviation.replicates(point, 130, np.random.default_rng(7))   # more than one chunk of draws
+    classes, rng = point["teacher"].argmax(1), np.random.default_rng(7)
+    x, y = (analyze_deviation.phi_of_class(z, classes) for z in (point["teacher"], point["networks"]["student"]))
+    low, high = x <= np.quantile(x, 0.25), x >= np.quantile(x, 0.75)
+    for b in range(1, 131):
+        draw = rng.integers(200, size=200)
+        for key, value in plain_statistics(x[draw], y[draw], low[draw], high[draw]).items():
+            assert np.isclose(got["predicted", "student", key][b], value), (b, key)
+
+
+def test_intervals_cover_the_truth_over_points_and_over_seeds():
+    rng, inside = np.random.default_rng(8), {1: 0, 5: 0}
+    for trial in range(200):
+        for count in inside:
+            offsets = rng.normal(0, 1 if count > 1 else 0, count)   # seeds differ by more than the points' noise
+            draws = [rng.normal(3 + offset, 0.1) + np.append(0, rng.normal(0, 0.1, 400)) for offset in offsets]
+            interval = analyze_deviation.combine(draws, np.random.default_rng(trial))
+            inside[count] += interval["low"] <= 3 <= interval["high"]
+    assert inside[1] >= 180 and inside[5] >= 180   # 95% nominal
+
+
+def test_a_copy_of_the_teacher_has_no_deviation():
+    point = random_points()
+    point["networks"] = dict(student=point["teacher"] + 5.0)   # shifting all logits changes no probability
+    row = {key: values[0] for (kind, _, key), values in analyze_deviation.replicates(point, 100).items() if kind == "predicted"}
+    assert np.isclose(row["slope"], 1) and abs(row["low_gap"]) < 1e-9 and np.isclose(row["low_slope"], 1) and abs(row["high_gap"]) < 1e-9
+
+
+def test_selection_alone_puts_an_independent_network_below_the_diagonal_and_the_control_shows_it():
+    rng = np.random.default_rng(9)
+    truth = rng.normal(0, 1.5, (4000, 8))
+    network = lambda: truth + rng.normal(0, 1, truth.shape)
+    point = dict(teacher=network(), labels=truth.argmax(1), networks=dict(student=network(), control=network()))
+    table = analyze_deviation.measure([point], 500)["predicted"]
+    assert table["student"]["low_below"]["low"] > 0.5 and table["student"]["low_gap"]["high"] < 0
+    assert table["student-control"]["low_gap"]["low"] < 0 < table["student-control"]["low_gap"]["high"]
+    rows = {row["claim"]: row["verdict"] for row in analyze_deviation.deviation_claims(dict(test=analyze_deviation.measure([point], 500)))}
+    assert rows["test: most of the teacher's hardest quarter lies below y = x"] == "holds"
+    assert rows["test: on the hardest quarter the student falls lower than the one-hot control"] == "unclear"
+
+
+def test_figure_1a_from_runs_and_from_files_agree(runs, tmp_path):
+    names = {role: [runs / "runs" / f"{run}-s{seed}" for seed in (0, 1)] for role, run in (("teacher", "teacher"), ("student", "kd"), ("control", "onehot"))}
+    flags = ["--bootstrap", 200]
+    output = ok(run_cli("analyze_deviation.py", *[word for role in names for word in (f"--{role}", names[role][0])], *flags, "--out", "one", cwd=tmp_path))
+    assert sorted(f.name for f in (tmp_path / "one").iterdir()) == ["claims.json", "claims.md", "deviation.json", "fig1a.pdf", "fig1a.png"]
+    assert "figure: one/fig1a.png" in output and "| train: slope of the student's fit exceeds 1 |" in output
+    assert Image.open(tmp_path / "one" / "fig1a.png").size[0] > 800
+    files = {role: names[role][0] / "logits.npz" for role in names}
+    np.save(tmp_path / "s.npy", np.load(files["student"])["test_logits"])
+    ok(run_cli("analyze_deviation.py", "--teacher-logits", f"{files['teacher']}:test_logits", "--student-logits", "s.npy", "--control-logits",
+               f"{files['control']}:test_logits", "--labels", f"{files['teacher']}:test_labels", *flags, "--out", "files", cwd=tmp_path))
+    one, from_files = (json.loads((tmp_path / name / "deviation.json").read_text()) for name in ("one", "files"))
+    assert from_files["tables"] == {"test": one["tables"]["test"]}
+    ok(run_cli("analyze_deviation.py", *[word for role in names for word in (f"--{role}", *names[role])], *flags, "--out", "two", cwd=tmp_path))
+    two = json.loads((tmp_path / "two" / "deviation.json").read_text())
+    slope = two["tables"]["train"]["predicted"]["student"]["slope"]
+    assert two["seeds"] == 2 and slope["value"] == pytest.approx(np.mean(slope["seeds"])) and slope["seeds"][0] != slope["seeds"][1]
+    assert slope["seeds"][0] == pytest.approx(one["tables"]["train"]["predicted"]["student"]["slope"]["value"])
+
+
+def test_bad_logits_get_one_line(runs, tmp_path):
+    point = random_points(50)
+    for name, array in dict(t=point["teacher"], s=point["networks"]["student"], y=point["labels"], short=point["teacher"][:40], flat=np.zeros((50, 6)),
+                            nan=np.where(np.arange(50)[:, None] == 7, np.nan, point["teacher"]), wide=np.zeros((50, 7)), y9=point["labels"] + 9,
+                            yf=point["labels"] / 2, text=np.array(["a"] * 50)).items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "t.npy").read_bytes()[:300])
+    np.savez(tmp_path / "both.npz", a=point["teacher"], b=point["teacher"])
+    (tmp_path / "pickled.npy").write_bytes(pickle.dumps([1, 2]))
+    copy_run(runs / "runs" / "kd-s0", tmp_path / "torn run", logits=lambda content: content[:2000])
+    copy_run(runs / "runs" / "kd-s0", tmp_path / "unfinished", logits=None)
+    good, teacher = ["--teacher-logits", "t.npy", "--student-logits", "s.npy", "--labels", "y.npy"], runs / "runs" / "teacher-s0"
+    cases = [(good + ["--student-logits", "nan.npy"], "nan.npy", "row 7"), (good + ["--student-logits", "short.npy"], "short.npy", "[40, 6]"),
+             (good + ["--student-logits", "wide.npy"], "wide.npy"), (good + ["--labels", "y9.npy"], "y9.npy", "0..5"), (good + ["--labels", "yf.npy"], "yf.npy"),
+             (good + ["--teacher-logits", "text.npy"], "text.npy"), (good + ["--teacher-logits", "torn.npy"], "torn.npy"), (good[:4], "--labels"),
+             (good + ["--teacher-logits", "both.npz"], "both.npz:NAME"), (good + ["--teacher-logits", "both.npz:c"], "a, b"),
+             (good + ["--teacher-logits", "absent.npy"], "does not exist"), (good + ["--teacher-logits", "pickled.npy"], "pickled.npy"),
+             (good + ["--teacher-logits", "flat.npy"], "equally confident"), ([], "--teacher-logits"), (good + ["--teacher", "x", "--student", "y"], "either"),
+             (["--teacher", teacher, "--student", "absent"], "not a run folder"), (["--teacher", teacher, "--student", "torn run"], "not a readable .npz"),
+             (["--teacher", teacher, "--student", "unfinished"], "not finished"), (["--teacher", teacher, teacher, "--student", teacher], "paired"),
+             (good + ["--bootstrap", "1"], "--bootstrap"), (good + ["--out", "/proc/figure"], "/proc/figure")]
+    with ThreadPoolExecutor(2) as pool:
+        for (_, *words), process in zip(cases, pool.map(lambda case: run_cli("analyze_deviation.py", "--out", "never", *case[0], cwd=tmp_path), cases)):
+            one_line_error(process, *words)
+    assert not (tmp_path / "never").exists()
+
+
+# ---------------------------------------------------------------- intervals and claims
+
+
+def test_seed_intervals_are_students_t():
+    values = [0.7, 0.72, 0.69, 0.75, 0.71]
+    mean, low, high = common.mean_interval(values)
+    assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 4, np.mean(values), scipy.stats.sem(values)))
+    assert mean == pytest.approx(np.mean(values)) and common.mean_interval([0.5])[1:] == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("interval, above, expected", [
+    ((1.1, 1.3), True, "holds"), ((0.8, 0.9), True, "fails"), ((0.9, 1.1), True, "unclear"), ((float("nan"), 2.0), True, "unclear"),
+    ((0.8, 0.9), False, "holds"), ((1.1, 1.3), False, "fails"), ((0.9, 1.1), False, "unclear")])
+def test_verdicts(interval, above, expected):
+    assert common.verdict(interval, 1.0, above) == expected
+
+
+def test_results_are_shown_with_figures_and_claims(tmp_path, capsys):
+    (tmp_path / "digits" / "fig1a").mkdir(parents=True)
+    common.save_claims(tmp_path / "digits" / "fig1a", [common.claim("slope exceeds 1", "> 1", 1.2, 1.1, 1.3, 1)])
+    (tmp_path / "digits" / "fig1a" / "fig1a.png").write_bytes(b"")
+    capsys.readouterr()
+    common.show_results(tmp_path)
+    shown = capsys.readouterr().out
+    assert "| digits/fig1a: slope exceeds 1 | > 1 | 1.200 | 1.100 to 1.300 | holds |" in shown and "figure: " in shown
