@@ -11,21 +11,23 @@ SEEDS ?= 0 1 2 3 4
 FLAGS ?=
 NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
 COMMON := --data "$(DATA)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
-# Several seeds get -s<seed> appended to their folder, one seed does not.
-OF = $(if $(word 2,$(SEEDS)),$(foreach s,$(SEEDS),runs/$(NAME)-$(1)-s$(s)),runs/$(NAME)-$(1))
-TEACHER := runs/$(NAME)-teacher$(if $(word 2,$(SEEDS)),-s{seed})
+RUNS = $(foreach seed,$(SEEDS),"runs/$(NAME)-$(1)-s$(seed)")
 
-.PHONY: reproduce test fig1a clean
+.PHONY: reproduce test fig1a fig1b clean
 
-reproduce: fig1a
+reproduce: fig1b fig1a
 	@$(PY) -c 'import common; common.show_results("results")'
 
 fig1a: .venv/ready
-	$(PY) train_teacher.py $(COMMON) --quiet --out runs/$(NAME)-teacher
-	$(PY) train_student.py $(COMMON) --quiet --teacher '$(TEACHER)' --out runs/$(NAME)-kd
-	$(PY) train_student.py $(COMMON) --quiet --teacher '$(TEACHER)' --kd-weight 0 --ce-weight 1 --out runs/$(NAME)-onehot
-	$(PY) analyze_deviation.py --teacher $(call OF,teacher) --student $(call OF,kd) --control $(call OF,onehot) \
-	  --title '$(NAME)' --out results/$(NAME)/fig1a
+	$(PY) train_teacher.py $(COMMON) --quiet --out "runs/$(NAME)-teacher-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet --teacher "runs/$(NAME)-teacher-s{seed}" --out "runs/$(NAME)-kd-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet --kd-weight 0 --ce-weight 1 --out "runs/$(NAME)-onehot-s{seed}"
+	$(PY) analyze_deviation.py --teacher $(call RUNS,teacher) --student $(call RUNS,kd) --control $(call RUNS,onehot) \
+	  --title "$(NAME), $(words $(SEEDS)) seed(s)" --out "results/$(NAME)/fig1a"
+
+# Before fig1a in `reproduce`: its trunks are fig1a's runs, and it keeps their states on the way.
+fig1b: .venv/ready
+	$(PY) switch_distill.py $(COMMON) --quiet --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
 
 test: .venv/ready
 	$(PY) -m pytest -q test_smoke.py

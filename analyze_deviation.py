@@ -127,15 +127,16 @@ def replicates(point, resamples=1000, rng=None):
     return out
 
 
-def combine(seeds, rng=None):
+def combine(seeds, rng=None, of=lambda mean: mean):
     """Mean over seeds and its 95% bootstrap interval, over points and, when there are several, over seeds.
 
-    seeds: one array [1 + B] of `replicates` per seed. With several seeds each replicate draws seeds with replacement.
-    Few seeds make percentile intervals too narrow, so the percentiles are widened to what Student's t would give
-    (the expanded percentile interval, Hesterberg 2015, §5.1). Returns dict(value, low, high, seeds).
+    seeds: one array [1 + B, ...] of `replicates` per seed. With several seeds each replicate draws seeds with
+    replacement. Few seeds make percentile intervals too narrow, so the percentiles are widened to what Student's t
+    would give (the expanded percentile interval, Hesterberg 2015, §5.1). `of` maps means over seeds [B, ...] to the
+    statistic [B]. Returns dict(value, low, high, seeds), where seeds holds the statistic of each seed.
     """
     rng = rng or np.random.default_rng(0)
-    values = np.array([float(seed[0]) for seed in seeds])
+    values = np.stack([seed[0] for seed in seeds])
     draws, count, tail = np.stack([seed[1:] for seed in seeds]), len(seeds), 0.025
     mean = draws[0]
     if count > 1:
@@ -143,8 +144,8 @@ def combine(seeds, rng=None):
         chosen, replicate = rng.integers(count, size=(count, resamples)), rng.integers(resamples, size=(count, resamples))
         mean = draws[chosen, replicate].mean(0)
         tail = stats.norm.cdf(stats.t.ppf(0.025, count - 1) * np.sqrt(count / (count - 1)))
-    low, high = np.quantile(mean, [tail, 1 - tail])
-    return dict(value=float(values.mean()), low=float(low), high=float(high), seeds=values.tolist())
+    low, high = np.quantile(of(mean), [tail, 1 - tail])
+    return dict(value=float(of(values.mean(0, keepdims=True))[0]), low=float(low), high=float(high), seeds=of(values).tolist())
 
 
 def measure(points, resamples=1000, seed=0):

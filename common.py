@@ -532,7 +532,10 @@ def number(kind, low=None, high=None, open_high=False, open_low=False):
     return parse
 
 
-def add_flags(parser):
+OUT_HELP = "run folder; {seed} in it stands for the seed, else -s<seed> is appended when there are several (default: runs/<what>-s<seed>)"
+
+
+def add_flags(parser, out_help=OUT_HELP):
     """The flags that every training script has: data, model, recipe, run."""
     add = parser.add_argument
     add("--data", default="digits", help="digits, cifar10, cifar100, tiny-imagenet, npz:PATH or folder:PATH")
@@ -545,6 +548,7 @@ def add_flags(parser):
     add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the channels of the model")
     add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the eight flags below")
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along unless given")
+    add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
     add("--batch-size", type=number(int, 1), help="images per step; the last, incomplete batch of an epoch is dropped")
     add("--lr", type=number(float, 0, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
@@ -555,7 +559,7 @@ def add_flags(parser):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="one run for each seed")
-    add("--out", help="run folder; -s<seed> is appended when there are several seeds (default: runs/<what>-s<seed>)")
+    add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
     add("--eval-every", type=number(int, 1), default=1, help="epochs between test evaluations")
     add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
@@ -580,6 +584,8 @@ def resolve(args):
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
+    if args.stop_epoch and args.stop_epoch > args.epochs:
+        raise InputError(f"--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}: give at most {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
     if args.device == "auto":
@@ -589,6 +595,14 @@ def resolve(args):
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     return args
+
+
+def only_flags(args, *adders):
+    """The flags that `adders` (such as `add_flags`) define, and no others: what a run of that kind depends on."""
+    parser = argparse.ArgumentParser()
+    for adder in adders:
+        adder(parser)
+    return argparse.Namespace(**{name: getattr(args, name) for name in vars(parser.parse_args([]))})
 
 
 def data_from(args):
@@ -603,16 +617,17 @@ NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every",
 
 
 def run_folder(args, seed, default):
-    """The run folder of one seed: --out (with -s<seed> if there are several seeds), else runs/<default>-s<seed>."""
+    """The run folder of one seed: --out with its {seed} filled in or -s<seed> appended, else runs/<default>-s<seed>."""
     if args.out is None:
         return Path("runs") / f"{default}-s{seed}"
-    return Path(args.out if len(args.seeds) == 1 else f"{args.out}-s{seed}")
+    if "{seed}" in args.out or len(args.seeds) == 1:
+        return Path(args.out.replace("{seed}", str(seed)))
+    return Path(f"{args.out}-s{seed}")
 
 
-def default_name(args, what):
-    """A run name from the flags: data, architecture and what is trained."""
-    data = args.data.split(":")[-1].rstrip("/").split("/")[-1] if ":" in args.data else args.data
-    return f"{data}-{args.arch.replace('torchvision:', '')}-{what}"
+def default_name(args):
+    """The first part of a run's name, from the flags: data and architecture."""
+    return f"{Path(args.data.partition(':')[2] or args.data).stem}-{args.arch.removeprefix('torchvision:')}"
 
 
 def weights_hash(model):
@@ -631,24 +646,25 @@ def versions():
                 git_commit=git.stdout.strip() or None, hardware=device, threads=torch.get_num_threads())
 
 
-def start_run(run, args, role, seed, data, model, **extra):
+def start_run(run, args, role, seed, data, model, **facts):
     """Make or check a run folder before training. Returns True when there is something to train.
 
     A finished run of the same settings prints so and returns False; a run folder of other settings is an InputError
-    unless --overwrite was given; an unfinished run of the same settings is continued. `extra` goes into config.json.
+    unless --overwrite was given; an unfinished run of the same settings is continued. `facts` go into config.json and are compared like the flags.
     """
-    flags = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
-    flags = json.loads(json.dumps(dict(flags, label_noise=data.facts["label_noise"])))
-    config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, **extra,
-                  parameters=sum(p.numel() for p in model.parameters()), device=args.device, teacher_run=getattr(args, "teacher", None),
+    flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
+    config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
+                  parameters=sum(p.numel() for p in model.parameters()),
                   command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
     run.mkdir(parents=True, exist_ok=True)
+    for leftover in run.glob(".*.tmp"):   # of a run that was killed while it wrote
+        leftover.unlink()
     exists = (run / "config.json").exists()
     if exists and not args.overwrite:
-        before = read_json(run / "config.json")
-        same = {key: before.get(key) for key in ("role", "seed", "flags", "data", *extra)}
-        differing = [f"{key}: {was!r} there, {now!r} now"
-                     for key, was, now in _differences(same, {key: config[key] for key in same})]
+        before, compared = read_json(run / "config.json"), ("role", "seed", "flags", "data", "facts")
+        differing = [f"{key}: {was!r} there, {now!r} now" for key, was, now in
+                     _differences({key: before.get(key) for key in compared}, {key: config[key] for key in compared})
+                     if key.removeprefix("flags.") not in NOT_COMPARED]
         if differing:
             raise InputError(f"{run} holds a run with other settings ({'; '.join(differing[:4])}): "
                              "choose another --out, or discard it with --overwrite")
@@ -658,8 +674,8 @@ def start_run(run, args, role, seed, data, model, **extra):
         return True
     if not exists and not args.overwrite and any(run.iterdir()):
         raise InputError(f"{run} is not empty and not a run folder: choose another --out")
-    for name in ("logits.npz", "checkpoint.pt", "metrics.jsonl"):   # logits first: it is what says "finished"
-        (run / name).unlink(missing_ok=True)
+    for name in ("logits.npz", "checkpoint.pt", "metrics.jsonl", *(file.name for file in run.glob("snapshot-*.pt"))):
+        (run / name).unlink(missing_ok=True)   # logits first: it is what says "finished"
     write_json(run / "config.json", config)
     return True
 
@@ -763,18 +779,18 @@ def logits_of(model, data, images, batch=1000):
 
 
 def total_steps(args, data):
-    """(steps per epoch, steps of the whole run)."""
+    """(steps per epoch, steps of the whole run); an epoch drops its last, incomplete batch."""
     per_epoch = len(data.y_train) // min(args.batch_size, len(data.y_train))
-    return per_epoch, per_epoch * args.epochs
+    return per_epoch, per_epoch * (args.stop_epoch or args.epochs)
 
 
-def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=None, start_from=None):
+def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=(), start_from=None):
     """Train `model` in the run folder `run`, from its checkpoint if it has one, and leave logits.npz there.
 
     loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight) -> scalar, where teacher_logits is None whenever
-    kd_weight is 0; weights_at(step) -> (ce_weight, kd_weight). snapshots {step: path}: also save the state before
-    that step. start_from: a checkpoint to begin with when the run folder has none. A SIGINT or SIGTERM saves and
-    exits 130; on a CPU the continued run ends in the same weights, bit for bit. Returns the last line of metrics.
+    kd_weight is 0; weights_at(step) -> (ce_weight, kd_weight). snapshots: steps before which the state is also kept
+    as snapshot-<step>.pt. start_from: a checkpoint to begin with when the run folder has none. A SIGINT or SIGTERM
+    saves and exits 130; on a CPU the continued run ends in the same weights, bit for bit. Returns the last metrics.
     """
     per_epoch, total = total_steps(args, data)
     batch = min(args.batch_size, len(data.y_train))
@@ -813,13 +829,13 @@ def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None,
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
     try:
-        for epoch in range(step // per_epoch, args.epochs):
+        for epoch in range(step // per_epoch, total // per_epoch):
             order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, getattr(args, "view_seed", None)))
             model.train()
             started = time.perf_counter()
             for within in range(step % per_epoch, per_epoch):
-                if snapshots and step in snapshots:
-                    save(snapshots[step])
+                if step in snapshots:
+                    save(run / f"snapshot-{step}.pt")
                 lr = learning_rate(step, args, per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr

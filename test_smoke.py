@@ -411,6 +411,8 @@ def test_a_run_folder_holds_what_was_trained(runs):
 def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(runs):
     start = [common.weights_hash(common.build_model("resnet8", 10, (8, 8, 1), 0.25, (role, 0))) for role in ("teacher", "student")]
     assert start[0] != start[1]
+    control, run = (json.loads((runs / "runs" / f"{name}-s0" / "config.json").read_text()) for name in ("onehot", "kd"))
+    assert control["facts"]["teacher_sha256"] is None and run["facts"]["teacher_sha256"]
     finals = [common.load_checkpoint(runs / "runs" / f"{name}-s0" / "checkpoint.pt")["model"]["fc.weight"] for name in ("teacher", "kd", "onehot")]
     assert not torch.equal(finals[1], finals[2]) and not torch.equal(finals[0], finals[2])
 
@@ -484,6 +486,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(kind, stop_at, tmp_path):
         assert caught.value.code == 130
         assert common.load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == stop_at + 1
     assert not (tmp_path / "cut" / "logits.npz").exists()
+    (tmp_path / "cut" / ".checkpoint.pt.1234.tmp").write_bytes(b"half")   # as a kill during a write leaves it
     resumed, resumed_metrics = engine(tmp_path / "cut")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert without_times(metrics) == without_times(resumed_metrics)
@@ -590,7 +593,7 @@ def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
              ("other arch", [], "does not fit resnet14"), ("other weights", [], "test accuracy here but recorded"), ("code inside", [], "damaged"),
              (teacher, ["--data", "npz:four.npz", "--subset", "0"], "classes 10", "4"), (teacher, ["--label-noise", "0.1"], "label_noise 0.3"),
              (teacher, ["--subset", "100"], "subset 300"), (teacher, ["--data-seed", "1"], "data_seed 0"),
-             (teacher, ["--kd-weight", "0"], "no loss"), (teacher, ["--temperature", "0"], "--temperature")]
+             (teacher, ["--kd-weight", "0"], "no loss"), (teacher, ["--stop-epoch", "9"], "beyond --epochs 2"), (teacher, ["--temperature", "0"], "--temperature")]
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda case: run_cli("train_student.py", *TINY, "--out", "never", "--teacher", case[0], *case[1], cwd=tmp_path), cases)
         for (_, _, *words), process in zip(cases, results):

@@ -1,8 +1,8 @@
 """Train a student to match a teacher: the second step of Figure 1a (paper §3.1), and its one-hot control.
 
     python train_student.py --teacher runs/digits-resnet8-teacher-s0                     # distillation alone
-    python train_student.py --teacher runs/digits-resnet8-teacher-s0 --kd-weight 0 --ce-weight 1    # one-hot control
-    python train_student.py --teacher 'runs/teacher-s{seed}' --seeds 0 1 2 --out runs/kd            # a teacher per seed
+    python train_student.py --kd-weight 0 --ce-weight 1                                  # the one-hot control
+    python train_student.py --teacher 'runs/teacher-s{seed}' --seeds 0 1 2 --out runs/kd # a teacher for each seed
 
 The loss is ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T). A student never shares initialisation, order or
 augmentation with a teacher of the same seed; students of the same seed share all three, so that they are paired.
@@ -14,32 +14,54 @@ import torch.nn.functional as F
 import common
 
 
-def main(argv=None):
-    parser = common.Parser(__doc__)
-    common.add_flags(parser)
-    parser.add_argument("--teacher", required=True, help="run folder of a finished teacher; {seed} in it stands for the seed")
+def add_student_flags(parser):
+    """The flags of distillation, beside those of `common.add_flags`."""
+    parser.add_argument("--teacher", help="run folder of a finished teacher; {seed} in it stands for the seed")
     parser.add_argument("--kd-weight", type=common.number(float, 0), default=1.0, help="weight of the distillation term")
     parser.add_argument("--ce-weight", type=common.number(float, 0), default=0.0, help="weight of the one-hot term")
     parser.add_argument("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens both teacher and student in the distillation term")
+
+
+def train_student(run, args, seed, data, teacher, weights_at=None, snapshots=(), start_from=None, **facts):
+    """Train one student in the run folder `run`; nothing happens when it is finished already.
+
+    teacher: a model in eval mode, or None for a one-hot student. weights_at(step) -> (ce_weight, kd_weight), by
+    default the two flags throughout. facts go into config.json and are compared. The rest as in `common.train`.
+    """
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    teacher_sha256 = common.weights_hash(teacher) if teacher else None
+    if not common.start_run(run, args, "student", seed, data, model, teacher_sha256=teacher_sha256, **facts):
+        return
+
+    def loss_fn(student_logits, labels, teacher_logits, ce_weight, kd_weight):
+        ce = F.cross_entropy(student_logits, labels) if ce_weight else 0.0
+        kd = common.kd_loss(student_logits, teacher_logits, args.temperature) if kd_weight else 0.0
+        return ce_weight * ce + kd_weight * kd
+
+    weights_at = weights_at or (lambda step: (args.ce_weight, args.kd_weight))
+    common.train(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
+
+
+def main(argv=None):
+    parser = common.Parser(__doc__)
+    common.add_flags(parser)
+    add_student_flags(parser)
+    parser.add_argument("--snapshot-at", type=common.number(float, 0, 1), nargs="*", default=[], help="shares of training at which to keep the state, for switch_distill.py")
     args = common.resolve(parser.parse_args(argv))
     if not args.kd_weight and not args.ce_weight:
         raise common.InputError("--kd-weight and --ce-weight are both 0, so there is no loss: give one of them")
+    if args.kd_weight and not args.teacher:
+        raise common.InputError("--teacher is missing: give the run folder of a teacher, or --kd-weight 0 --ce-weight 1 for a one-hot student")
     data = common.data_from(args)
+    _, total = common.total_steps(args, data)
+    snapshots = {round(share * total) for share in args.snapshot_at}
 
     for seed in args.seeds:
-        teacher = common.load_teacher(args.teacher.replace("{seed}", str(seed)), data)
+        # A one-hot student depends on no teacher, so one control serves the students of any teacher.
+        teacher = common.load_teacher(args.teacher.replace("{seed}", str(seed)), data) if args.kd_weight else None
         what = "onehot" if not args.kd_weight else "kd" if not args.ce_weight else "kd+ce"
-        run = common.run_folder(args, seed, common.default_name(args, what))
-        model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-        if not common.start_run(run, args, "student", seed, data, model, teacher_sha256=common.weights_hash(teacher)):
-            continue
-
-        def loss_fn(student_logits, labels, teacher_logits, ce_weight, kd_weight):
-            ce = F.cross_entropy(student_logits, labels) if ce_weight else 0.0
-            kd = common.kd_loss(student_logits, teacher_logits, args.temperature) if kd_weight else 0.0
-            return ce_weight * ce + kd_weight * kd
-
-        common.train(run, model, data, args, "student", seed, loss_fn, lambda step: (args.ce_weight, args.kd_weight), teacher)
+        run = common.run_folder(args, seed, f"{common.default_name(args)}-{what}")
+        train_student(run, common.only_flags(args, common.add_flags, add_student_flags), seed, data, teacher, snapshots=snapshots)
 
 
 if __name__ == "__main__":

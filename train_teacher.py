@@ -14,22 +14,25 @@ import torch.nn.functional as F
 import common
 
 
+def train_teacher(run, args, seed, data):
+    """Train one teacher in the run folder `run`; nothing happens when it is finished already."""
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
+    if not common.start_run(run, args, "teacher", seed, data, model):
+        return
+
+    def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
+        return F.cross_entropy(logits, labels)
+
+    common.train(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
+
+
 def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser)
     args = common.resolve(parser.parse_args(argv))
     data = common.data_from(args)
-
     for seed in args.seeds:
-        run = common.run_folder(args, seed, common.default_name(args, "teacher"))
-        model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
-        if not common.start_run(run, args, "teacher", seed, data, model):
-            continue
-
-        def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
-            return F.cross_entropy(logits, labels)
-
-        common.train(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
+        train_teacher(common.run_folder(args, seed, f"{common.default_name(args)}-teacher"), args, seed, data)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,306 @@
+"""Figure 1b: switch from one-hot labels to distillation in the middle of training, and the reverse (paper §3.2).
+
+    python switch_distill.py --seeds 0 1 2 3 4                          # digits, each seed with its own teacher
+    python switch_distill.py --teacher runs/t --data cifar100 --arch resnet56 --recipe short --switch-at 0 0.5 1
+    python switch_distill.py --seeds 0 1 2 --teacher-epochs 10 20 30 40 # does the gain depend on how well the teacher fits?
+
+s is the share of training before the switch, so for one-hot → KD s=0 is plain distillation and s=1 plain one-hot
+training. Each seed trains these two trunks once and every branch continues from the state that its trunk had at s:
+a branch costs (1−s) of a run and equals, bit for bit on a CPU, the same run trained from scratch.
+The recovered share is (accuracy of the switched student − one-hot) / (KD − one-hot).
+
+Writes fig1b (accuracy against s), fig1b_curves (accuracy over training), switch.json, switch.md and claims into
+--results; with --teacher-epochs also fig1b_teachers. The run folders carry the same settings as those of
+train_teacher.py and train_student.py, so finished ones are shared with them. Departure from the paper: its switch is
+gradual over about 1,000 steps of a long schedule; here it is abrupt unless --window is given.
+Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: EXPECTED_SWITCH. CIFAR-100, ResNet-56,
+`--recipe short`, one seed on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+import analyze_deviation
+import common
+from train_student import add_student_flags, train_student
+from train_teacher import train_teacher
+
+SWITCHES = {"onehot2kd": ("onehot", "kd"), "kd2onehot": ("kd", "onehot")}
+ARROWS = {"onehot2kd": "one-hot → KD", "kd2onehot": "KD → one-hot"}
+
+
+def switched_weights(before, after, switch_step, window=0):
+    """weights_at(step) -> (ce_weight, kd_weight): `before`, then from switch_step on `after`, linearly over `window` steps."""
+    def weights_at(step):
+        share = min(1.0, max(0.0, (step - switch_step) / window)) if window else float(step >= switch_step)
+        return tuple((1 - share) * b + share * a for b, a in zip(before, after))
+    return weights_at
+
+
+def train_seed(base, args, options, seed, data, teacher, steps):
+    """Train both trunks and every branch of one seed, unless they are finished.
+
+    base: prefix of the run folders; teacher: model; steps: {s: step of the switch}. Returns {(direction, s): run
+    folder} and {"onehot": run folder, "kd": run folder}; s = 0 and s = total are the trunks themselves.
+    """
+    _, total = common.total_steps(args, data)
+    weights = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
+    trunks, folders = {name: Path(f"{base}-{name}-s{seed}") for name in weights}, {}
+
+    def train(run, name, **more):
+        ce_weight, kd_weight = weights[name]
+        train_student(run, argparse.Namespace(**dict(vars(args), ce_weight=ce_weight, kd_weight=kd_weight)), seed, data, **more)
+
+    # The same runs as train_student.py makes, so a one-hot run knows no teacher.
+    train(trunks["onehot"], "onehot", teacher=None, snapshots=set(steps.values()))
+    train(trunks["kd"], "kd", teacher=teacher, snapshots=set(steps.values()))
+    for direction in options.direction:
+        before, after = SWITCHES[direction]
+        for s, step in steps.items():
+            if step in (0, total):
+                folders[direction, s] = trunks[before if step else after]
+                continue
+            run = folders[direction, s] = Path(f"{base}-{direction}-{s:g}{f'-w{options.window}' if options.window else ''}-s{seed}")
+            # From the latest state of the trunk before the switch. Without one (the trunk was trained by another script,
+            # or with other switches) the branch is trained from the start: slower, with the same result.
+            kept = {int(file.stem.split("-")[1]): file for file in trunks[before].glob("snapshot-*.pt")}
+            latest = max((at for at in kept if at <= step), default=None)
+            train(run, after, teacher=teacher, weights_at=switched_weights(weights[before], weights[after], step, options.window),
+                  start_from=kept.get(latest), switch=dict(direction=direction, step=step, window=options.window))
+    return folders, trunks
+
+
+# ---------------------------------------------------------------- measures
+
+
+def accuracy_sums(runs, resamples, rng):
+    """Test accuracies [1 + B, len(runs)] of several runs of one seed: on the test points, then on bootstrap draws of them."""
+    files = [common.read_npz(run / "logits.npz", ("test_logits", "test_labels")) for run in runs]
+    correct = np.stack([file["test_logits"].argmax(1) == file["test_labels"] for file in files], axis=1).astype(float)
+    return analyze_deviation.resampled_sums(correct, resamples, rng) / len(correct)
+
+
+def recovered(per_seed, rng):
+    """Accuracy, gain and recovered share with paired intervals, from one `accuracy_sums` of (switched, onehot, kd) per seed.
+
+    The share is None, with the reason beside it, when the gain is not above 0 with its whole interval.
+    """
+    gain = analyze_deviation.combine(per_seed, np.random.default_rng(rng), lambda m: m[:, 2] - m[:, 1])
+    row = dict(accuracy=analyze_deviation.combine(per_seed, np.random.default_rng(rng), lambda m: m[:, 0]),
+               difference=analyze_deviation.combine(per_seed, np.random.default_rng(rng), lambda m: m[:, 0] - m[:, 1]), gain=gain)
+    if gain["low"] <= 0:
+        return dict(row, recovered=None, reason="gain too small to divide" if gain["high"] >= 0 else "KD loses accuracy here")
+    with np.errstate(divide="ignore", invalid="ignore"):   # a seed, or a rare draw, without any gain
+        row["recovered"] = analyze_deviation.combine(per_seed, np.random.default_rng(rng), lambda m: (m[:, 0] - m[:, 1]) / (m[:, 2] - m[:, 1]))
+    return row
+
+
+def switch_table(folders, trunks, teachers, seeds, resamples):
+    """One row per (direction, s): accuracy, gain, recovered share, and the deviations of the switched student.
+
+    folders, trunks: {seed: as `train_seed` returns}; teachers: {seed: run folder}.
+    """
+    rows, measured = [], {}
+    for direction, s in folders[seeds[0]]:
+        runs = {seed: folders[seed][direction, s] for seed in seeds}
+        per_seed = [accuracy_sums((runs[seed], trunks[seed]["onehot"], trunks[seed]["kd"]), resamples, np.random.default_rng([1, seed])) for seed in seeds]
+        row = dict(direction=direction, s=s, runs=[str(run) for run in runs.values()], **recovered(per_seed, 2))
+        key = tuple(runs.values())
+        if key not in measured:   # the pure runs stand in both directions
+            points = analyze_deviation.points_from_runs([teachers[seed] for seed in seeds], list(key), [trunks[seed]["onehot"] for seed in seeds])
+            measured[key] = {split: analyze_deviation.measure(points[split], resamples)["predicted"] for split in points}
+        row["deviation"] = measured[key]
+        rows.append(row)
+    return rows
+
+
+def table_markdown(rows):
+    """The rows of `switch_table` as a Markdown table."""
+    cell = lambda m, scale=1, digits=3: f"{scale * m['value']:.{digits}f} [{scale * m['low']:.{digits}f}, {scale * m['high']:.{digits}f}]"
+    text = ("| direction | s | test accuracy % | minus one-hot | recovered share | train slope | train low quarter below | train low gap | test low gap |\n"
+            "|---|---|---|---|---|---|---|---|---|\n")
+    for row in rows:
+        train, test = (row["deviation"][split]["student"] for split in ("train", "test"))
+        share = cell(row["recovered"], 1, 2) if row["recovered"] else row["reason"]
+        text += (f"| {ARROWS[row['direction']]} | {row['s']:g} | {cell(row['accuracy'], 100, 2)} | {cell(row['difference'], 100, 2)} | {share} | "
+                 f"{cell(train['slope'])} | {cell(train['low_below'])} | {cell(train['low_gap'])} | {cell(test['low_gap'])} |\n")
+    return text
+
+
+def switch_claims(rows):
+    """Claims rows: the gain, what switching at half time does to it, and whether late switching already deviates."""
+    claims, gain = [], rows[0]["gain"]
+    claims.append(common.claim("KD is more accurate than one-hot", "> 0", gain["value"], gain["low"], gain["high"], 0, note="difference of test accuracies"))
+    texts = {"onehot2kd": ("switching to KD at half time recovers most of the gain", "> 0.5", True),
+             "kd2onehot": ("reverse switching at half time loses most of the gain", "< 0.5", False)}
+    for row in rows:
+        if row["s"] == 0.5 and row["recovered"]:
+            text, expected, above = texts[row["direction"]]
+            share = row["recovered"]
+            claims.append(common.claim(text, expected, share["value"], share["low"], share["high"], 0.5, above, "recovered share"))
+        elif row["s"] == 0.5:
+            claims.append(common.claim(texts[row["direction"]][0], "gain above 0", gain["value"], gain["low"], gain["high"], np.nan, note=row["reason"]))
+    late = max((row for row in rows if row["direction"] == "onehot2kd" and row["s"] < 1), key=lambda row: row["s"], default=None)
+    if late and late["s"] > 0:
+        for split in ("train", "test"):
+            gap = late["deviation"][split]["student-control"]["low_gap"]
+            claims.append(common.claim(f"{split}: switching to KD at s={late['s']:g} already lowers the student on the hardest quarter", "< 0", gap["value"],
+                                       gap["low"], gap["high"], 0, above=False, note="mean Y − X, switched student minus one-hot"))
+    return claims
+
+
+def teacher_rows(base, args, options, data, seeds):
+    """Gain and slope of distillation from teachers stopped after each of --teacher-epochs; trains what is missing."""
+    rows = []
+    for epochs in sorted(set(options.teacher_epochs)):
+        early = "" if epochs == args.epochs else f"-e{epochs}"
+        teachers, students, onehots = ([Path(f"{base}-{name}-s{seed}") for seed in seeds] for name in (f"teacher{early}", f"kd{early}", "onehot"))
+        for seed, teacher, student in zip(seeds, teachers, students):
+            flags = common.only_flags(args, common.add_flags)
+            flags.stop_epoch = epochs if early else flags.stop_epoch
+            train_teacher(teacher, flags, seed, data)
+            train_student(student, args, seed, data, common.load_teacher(teacher, data))
+        draws = [accuracy_sums(runs, options.bootstrap, np.random.default_rng([1, seed])) for seed, runs in zip(seeds, zip(students, onehots))]
+        points = analyze_deviation.points_from_runs(teachers, students, onehots)
+        row = dict(epochs=epochs, gain=analyze_deviation.combine(draws, np.random.default_rng(2), lambda m: m[:, 0] - m[:, 1]),
+                   slope={split: analyze_deviation.measure(points[split], options.bootstrap)["predicted"]["student"]["slope"] for split in points})
+        for split in points:
+            row[f"teacher_{split}_accuracy"] = float(np.mean([(point["teacher"].argmax(1) == point["labels"]).mean() for point in points[split]]))
+        rows.append(row)
+    return rows
+
+
+def teacher_markdown(rows):
+    """The rows of `teacher_rows` as a Markdown table."""
+    cell = lambda m, scale, digits: f"{scale * m['value']:.{digits}f} [{scale * m['low']:.{digits}f}, {scale * m['high']:.{digits}f}]"
+    text = "| teacher's epochs | its train accuracy % | its test accuracy % | KD minus one-hot, test points | train slope | test slope |\n|---|---|---|---|---|---|\n"
+    for row in rows:
+        text += (f"| {row['epochs']} | {100 * row['teacher_train_accuracy']:.2f} | {100 * row['teacher_test_accuracy']:.2f} | {cell(row['gain'], 100, 2)} | "
+                 f"{cell(row['slope']['train'], 1, 3)} | {cell(row['slope']['test'], 1, 3)} |\n")
+    return text
+
+
+# ---------------------------------------------------------------- figures
+
+
+def band(axis, xs, cells, scale=1.0, **style):
+    """Values over xs with their intervals as a band."""
+    line, = axis.plot(xs, [scale * c["value"] for c in cells], marker="o", ms=4, **style)
+    axis.fill_between(xs, [scale * c["low"] for c in cells], [scale * c["high"] for c in cells], color=line.get_color(), alpha=0.2, lw=0)
+
+
+def plot_switches(plt, rows, folder, title):
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        chosen = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row["s"])
+        band(axis, [row["s"] for row in chosen], [row["accuracy"] for row in chosen], 100, label=ARROWS[direction])
+    onehot = rows[0]["accuracy"]["value"] - rows[0]["difference"]["value"]
+    axis.axhline(100 * onehot, color="grey", ls="--", lw=1, label="one-hot throughout")
+    axis.axhline(100 * (onehot + rows[0]["gain"]["value"]), color="grey", ls=":", lw=1, label="KD throughout")
+    axis.set(xlabel="share of training before the switch", ylabel="test accuracy (%)", title=title)
+    axis.legend()
+    common.save_figure(figure, folder, "fig1b")
+    plt.close(figure)
+
+
+def plot_curves(plt, folders, trunks, seeds, folder, title):
+    """Test accuracy over training, mean over seeds: the pure runs and every switch, its moment marked."""
+    directions = list(dict.fromkeys(direction for direction, _ in folders[seeds[0]]))
+    figure, axes = plt.subplots(1, len(directions), figsize=(6.2 * len(directions), 4.2), squeeze=False, sharey=True, layout="constrained")
+
+    def curve(axis, runs, **style):
+        lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+        lines = [[line for line in of_run if "test_acc" in line] for of_run in lines]
+        epochs, mean = [line["epoch"] for line in lines[0]], 100 * np.mean([[line["test_acc"] for line in of_run] for of_run in lines], 0)
+        return axis.plot(epochs, mean, lw=1.2, **style)[0], epochs, mean
+    for axis, direction in zip(axes[0], directions):
+        curve(axis, [trunks[seed]["onehot"] for seed in seeds], color="black", label="one-hot")
+        curve(axis, [trunks[seed]["kd"] for seed in seeds], color="grey", label="KD")
+        for s in sorted(s for d, s in folders[seeds[0]] if d == direction and 0 < s < 1):
+            line, epochs, mean = curve(axis, [folders[seed][direction, s] for seed in seeds], label=f"{ARROWS[direction]} at s={s:g}")
+            moment = s * epochs[-1]
+            axis.plot(moment, np.interp(moment, epochs, mean), "v", color=line.get_color(), ms=8)
+        axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=ARROWS[direction])
+        axis.legend(fontsize=8)
+    low = np.quantile([y for axis in axes[0] for line in axis.lines for y in line.get_ydata()], 0.05)
+    axes[0][0].set_ylim(bottom=max(0, low - 5))
+    figure.suptitle(title)
+    common.save_figure(figure, folder, "fig1b_curves")
+    plt.close(figure)
+
+
+def plot_teachers(plt, rows, folder, title):
+    rows = sorted(rows, key=lambda row: row["teacher_train_accuracy"])
+    xs = [100 * row["teacher_train_accuracy"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    band(axes[0], xs, [row["gain"] for row in rows], 100, color="tab:blue")
+    axes[0].axhline(0, color="grey", lw=1, ls="--")
+    axes[0].set(xlabel="teacher's train accuracy (%)", ylabel="test accuracy of KD minus one-hot (points)")
+    for split in ("train", "test"):
+        band(axes[1], xs, [row["slope"][split] for row in rows], label=split)
+    axes[1].axhline(1, color="grey", lw=1, ls="--")
+    axes[1].set(xlabel="teacher's train accuracy (%)", ylabel="slope of the deviation fit")
+    axes[1].legend()
+    figure.suptitle(title)
+    common.save_figure(figure, folder, "fig1b_teachers")
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = common.Parser(__doc__)
+    common.add_flags(parser, out_help="prefix of the run folders: <out>-teacher-s0, <out>-kd-s0, … (default: runs/<data>-<arch>)")
+    add_student_flags(parser)
+    add = parser.add_argument
+    add("--direction", choices=tuple(SWITCHES), nargs="+", default=list(SWITCHES), help="which switches to train")
+    add("--switch-at", type=common.number(float, 0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9, 1], help="shares of training before the switch; 0 and 1 are the pure runs")
+    add("--window", type=common.number(int, 0), default=0, help="steps over which the weights move linearly to the new loss; 0 switches at once")
+    add("--teacher-epochs", type=common.number(int, 1), nargs="+", default=[], help="also distil from teachers stopped after these epochs, and plot the gain against their fit")
+    add("--bootstrap", type=common.number(int, 100), default=2000, help="bootstrap draws behind each interval")
+    add("--results", default="results/fig1b", help="folder for figures, tables and claims")
+    options = common.resolve(parser.parse_args(argv))
+    args = common.only_flags(options, common.add_flags, add_student_flags)
+    if not args.kd_weight:
+        raise common.InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
+    if options.teacher_epochs and args.teacher:
+        raise common.InputError("--teacher-epochs trains its own teachers: leave out --teacher")
+    if max(options.teacher_epochs, default=0) > args.epochs:
+        raise common.InputError(f"--teacher-epochs {max(options.teacher_epochs)} is beyond --epochs {args.epochs}: give at most {args.epochs}")
+
+    data = common.data_from(args)
+    _, total = common.total_steps(args, data)
+    steps = {s: round(s * total) for s in sorted(set(options.switch_at))}
+    base, results, seeds = args.out or f"runs/{common.default_name(args)}", Path(options.results), args.seeds
+    results.mkdir(parents=True, exist_ok=True)
+
+    folders, trunks, teachers = {}, {}, {}
+    for seed in seeds:
+        teachers[seed] = Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}")
+        if not args.teacher:
+            train_teacher(teachers[seed], common.only_flags(args, common.add_flags), seed, data)
+        folders[seed], trunks[seed] = train_seed(base, args, options, seed, data, common.load_teacher(teachers[seed], data), steps)
+
+    one = len(set(teachers.values())) == 1
+    scope = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, " + ("one teacher" if one else "each with its own teacher")
+    rows = switch_table(folders, trunks, teachers, seeds, options.bootstrap)
+    by_teacher = teacher_rows(base, args, options, data, seeds)
+    common.write_json(results / "switch.json", dict(intervals=f"95% over test points and {scope}", rows=rows, teachers=by_teacher))
+    text = f"Intervals: 95%, over points and {scope}.\n\n{table_markdown(rows)}"
+    text += f"\n{teacher_markdown(by_teacher)}" if by_teacher else ""
+    common.write_text(results / "switch.md", text)
+    print(text)
+    common.save_claims(results, switch_claims(rows))
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    title = f"{args.data}, {args.arch}: {scope}"
+    plot_switches(plt, rows, results, title)
+    plot_curves(plt, folders, trunks, seeds, results, title)
+    if by_teacher:
+        plot_teachers(plt, by_teacher, results, title)
+
+
+if __name__ == "__main__":
+    common.cli(main)
