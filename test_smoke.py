@@ -35,6 +35,7 @@ from PIL import Image
 
 import analyze_deviation
 import common
+import switch_distill
 
 HERE = Path(__file__).parent
 TINY = ["--epochs", "2", "--width", "0.25", "--subset", "300", "--quiet", "--device", "cpu"]
@@ -754,6 +755,134 @@ def test_bad_logits_get_one_line(runs, tmp_path):
         for (_, *words), process in zip(cases, pool.map(lambda case: run_cli("analyze_deviation.py", "--out", "never", *case[0], cwd=tmp_path), cases)):
             one_line_error(process, *words)
     assert not (tmp_path / "never").exists()
+
+
+# ---------------------------------------------------------------- loss switching
+
+
+def test_switched_weights_are_abrupt_or_linear_over_the_window():
+    abrupt = switch_distill.switched_weights((1.0, 0.0), (0.0, 1.0), 10)
+    assert [abrupt(step) for step in (0, 9, 10, 11)] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    gradual = switch_distill.switched_weights((0.0, 2.0), (1.0, 0.0), 10, window=4)
+    assert [gradual(step) for step in (9, 10, 11, 13, 14, 99)] == [(0, 2), (0, 2), (0.25, 1.5), (0.75, 0.5), (1, 0), (1, 0)]
+
+
+SWITCH = [*TINY, "--epochs", "4", "--switch-at", "0", "0.3", "0.5", "1", "--bootstrap", "100"]   # 16 steps; 0.3 is inside epoch 2
+
+
+def weights_and_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return common.load_checkpoint(run / "checkpoint.pt")["model"], without_times(lines)
+
+
+def same_run(one, other):
+    (weights, metrics), (other_weights, other_metrics) = weights_and_metrics(one), weights_and_metrics(other)
+    return all(torch.equal(weights[key], other_weights[key]) for key in weights) and metrics == other_metrics
+
+
+BRANCHES = [f"{direction}-{s}" for direction in switch_distill.SWITCHES for s in ("0.3", "0.5")]
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_branch_equals_the_same_run_from_scratch_also_across_a_resume(window, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ok(run_cli("train_teacher.py", *TINY, "--out", "t", cwd=tmp_path))
+    flags = [*SWITCH, "--teacher", "t", "--window", window]
+    ok(run_cli("switch_distill.py", *flags, "--out", "branched", "--results", "r1", cwd=tmp_path))
+    # Trunks from train_student.py are accepted as they are; they keep no states, so the branches start from scratch.
+    for name, weights in (("kd", []), ("onehot", ["--kd-weight", 0, "--ce-weight", 1])):
+        ok(run_cli("train_student.py", *TINY, "--epochs", 4, "--teacher", "t", *weights, "--out", f"scratch-{name}-s0", cwd=tmp_path))
+    trunks = {name: hashes(tmp_path / f"scratch-{name}-s0") for name in ("kd", "onehot")}
+    ok(run_cli("switch_distill.py", *flags, "--out", "scratch", "--results", "r2", cwd=tmp_path))
+    assert trunks == {name: hashes(tmp_path / f"scratch-{name}-s0") for name in trunks}
+
+    real, calls = switch_distill.switched_weights, []
+    def crash(*switch):
+        weights_at = real(*switch)
+        def at(step):
+            if step == 11:   # inside the third epoch, after two checkpoints
+                calls.append(switch)
+                raise Crash
+            return weights_at(step)
+        return at
+    monkeypatch.setattr(switch_distill, "switched_weights", crash)
+    for _ in BRANCHES:
+        with pytest.raises(Crash):
+            switch_distill.main([str(flag) for flag in flags] + ["--out", "resumed", "--results", "r3"])
+        monkeypatch.setattr(switch_distill, "switched_weights", lambda *switch: real(*switch) if switch in calls else crash(*switch))
+    switch_distill.main([str(flag) for flag in flags] + ["--out", "resumed", "--results", "r3"])
+    assert len(calls) == len(BRANCHES)
+
+    suffix = f"-w{window}" if window else ""
+    for name in ["kd", "onehot"] + [branch + suffix for branch in BRANCHES]:
+        for way in ("scratch", "resumed"):
+            assert same_run(tmp_path / f"branched-{name}-s0", tmp_path / f"{way}-{name}-s0"), (name, way)
+    finals = [weights_and_metrics(tmp_path / f"branched-{name}-s0")[0]["fc.weight"] for name in ["kd", "onehot"] + [b + suffix for b in BRANCHES]]
+    assert all(not torch.equal(a, b) for k, a in enumerate(finals) for b in finals[:k])
+    kinds = [line["kd_weight"] for line in weights_and_metrics(tmp_path / f"branched-onehot2kd-0.5{suffix}-s0")[1]]
+    assert kinds[:2] == [0, 0] and kinds[-1] == 1
+
+
+def test_switch_report_over_seeds_and_teachers(tmp_path):
+    output = ok(run_cli("switch_distill.py", *SWITCH, "--seeds", 0, 1, "--teacher-epochs", 2, 4, cwd=tmp_path))
+    results = tmp_path / "results" / "fig1b"
+    report = json.loads((results / "switch.json").read_text())
+    assert "2 seeds, each with its own teacher" in report["intervals"] and "Intervals: 95%" in output
+    rows = {(row["direction"], row["s"]): row for row in report["rows"]}
+    assert len(rows) == 8
+    folder = tmp_path / "runs"
+    accuracy = lambda name: np.mean([common.last_metrics(folder / f"digits-resnet8-{name}-s{seed}")["test_acc"] for seed in (0, 1)])
+    for direction, pure in (("onehot2kd", ("kd", "onehot")), ("kd2onehot", ("onehot", "kd"))):
+        for s, name in ((0, pure[0]), (0.3, f"{direction}-0.3"), (1, pure[1])):
+            row = rows[direction, s]
+            assert row["accuracy"]["value"] == pytest.approx(accuracy(name)) and row["accuracy"]["low"] < accuracy(name) < row["accuracy"]["high"]
+            assert row["difference"]["value"] == pytest.approx(accuracy(name) - accuracy("onehot"))
+    assert [row["epochs"] for row in report["teachers"]] == [2, 4]
+    assert report["teachers"][1]["gain"] == rows["onehot2kd", 0]["gain"]
+    assert len(common.read_json(folder / "digits-resnet8-teacher-e2-s0" / "config.json")["command"]) > 0
+    assert common.last_metrics(folder / "digits-resnet8-teacher-e2-s0")["epoch"] == 2
+    figures = {f.stem for f in results.glob("*.png")}
+    assert figures == {"fig1b", "fig1b_curves", "fig1b_teachers"} and {f.stem for f in results.glob("*.pdf")} == figures
+    assert "KD is more accurate than one-hot" in (results / "claims.md").read_text()
+
+
+def sums_of(rng, seeds, onehot, kd, switched, n=2000):
+    """What accuracy_sums returns for students of known accuracy that err on nested sets of points."""
+    out = []
+    for _ in range(seeds):
+        luck = rng.random(n)[:, None]
+        correct = (luck < np.array([switched, onehot, kd])).astype(float)
+        out.append(analyze_deviation.resampled_sums(correct, 300, rng) / n)
+    return out
+
+
+def test_recovered_share_of_known_accuracies():
+    rng = np.random.default_rng(0)
+    row = switch_distill.recovered(sums_of(rng, 4, onehot=0.70, kd=0.80, switched=0.775), 0)
+    assert row["recovered"]["low"] < 0.75 < row["recovered"]["high"] and row["recovered"]["high"] - row["recovered"]["low"] < 0.3
+    assert row["accuracy"]["value"] == pytest.approx(0.775, abs=0.02) and row["gain"]["value"] == pytest.approx(0.1, abs=0.02)
+    for sums, reason in ((sums_of(rng, 4, 0.7, 0.7, 0.7), "gain too small to divide"), (sums_of(rng, 4, 0.8, 0.7, 0.75), "KD loses accuracy here")):
+        row = switch_distill.recovered(sums, 0)
+        assert row["recovered"] is None and row["reason"] == reason
+
+
+@pytest.mark.parametrize("onehot2kd, kd2onehot, kd, verdicts", [
+    (0.79, 0.72, 0.80, ["holds", "holds", "holds"]), (0.72, 0.79, 0.80, ["holds", "fails", "fails"]), (0.70, 0.70, 0.70, ["unclear", "unclear", "unclear"])])
+def test_switch_claims_follow_the_recovered_share(onehot2kd, kd2onehot, kd, verdicts):
+    rng = np.random.default_rng(0)
+    rows = [dict(direction=direction, s=0.5, deviation=dict.fromkeys(("train", "test"), {"student-control": {"low_gap": dict(value=-1, low=-2, high=-0.5)}}),
+                 **switch_distill.recovered(sums_of(rng, 5, 0.70, kd, switched, 4000), 0)) for direction, switched in (("onehot2kd", onehot2kd), ("kd2onehot", kd2onehot))]
+    claims = switch_distill.switch_claims(rows)
+    assert [row["verdict"] for row in claims] == verdicts + ["holds", "holds"]
+
+
+def test_bad_switches_get_one_line(runs, tmp_path):
+    cases = [(["--kd-weight", 0], "--kd-weight 0"), (["--teacher", "x", "--teacher-epochs", 1], "--teacher-epochs"), (["--teacher-epochs", 9], "beyond --epochs 2"),
+             (["--switch-at", 1.5], "--switch-at", "[0, 1]"), (["--direction", "sideways"], "--direction", "kd2onehot"), (["--window", -1], "--window"),
+             (["--teacher", "absent"], "not a run folder"), (["--results", "/proc/r"], "/proc/r")]
+    for extra, *words in cases:
+        one_line_error(run_cli("switch_distill.py", *TINY, *extra, cwd=tmp_path), *words)
+    assert not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------- intervals and claims
