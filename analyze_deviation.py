@@ -11,7 +11,8 @@ student's place, and the claim that counts is student against control.
 
 Writes fig1a.png/.pdf, deviation.json (all statistics, also for the label's class), claims.json and claims.md into
 --out. Several seeds: give the runs in the same order (one teacher may serve all). About 5 s for 1,800 points, 30 s for
-60,000. Expected: EXPECTED_DIGITS_DEVIATION.
+60,000. Expected, digits with 30% label noise, 5 seeds: train slope 0.89 (0.85 to 0.93; control 0.81), so the claim fails there for
+the predicted class; for the label's class it is 1.06 (1.04 to 1.08; control 0.80).
 """
 from pathlib import Path
 

@@ -13,7 +13,8 @@ Writes fig1b (accuracy against s), fig1b_curves (accuracy over training), switch
 --results; with --teacher-epochs also fig1b_teachers. The run folders carry the same settings as those of
 train_teacher.py and train_student.py, so finished ones are shared with them. Departure from the paper: its switch is
 gradual over about 1,000 steps of a long schedule; here it is abrupt unless --window is given.
-Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: EXPECTED_SWITCH. CIFAR-100, ResNet-56,
+Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: one-hot 89.8%, KD 93.8%; one-hot→KD at s=0.5
+94.9% (recovers 1.29 of the gain, 0.90 to 2.48), KD→one-hot 88.5% (loses it: -0.31, -2.35 to 0.25). CIFAR-100, ResNet-56,
 `--recipe short`, one seed on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
 """
 import argparse
@@ -210,17 +211,18 @@ def plot_curves(plt, folders, trunks, seeds, folder, title):
     directions = list(dict.fromkeys(direction for direction, _ in folders[seeds[0]]))
     figure, axes = plt.subplots(1, len(directions), figsize=(6.2 * len(directions), 4.2), squeeze=False, sharey=True, layout="constrained")
 
-    def curve(axis, runs, **style):
+    def curve(axis, runs, after=0, **style):
         lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
         lines = [[line for line in of_run if "test_acc" in line] for of_run in lines]
-        epochs, mean = [line["epoch"] for line in lines[0]], 100 * np.mean([[line["test_acc"] for line in of_run] for of_run in lines], 0)
-        return axis.plot(epochs, mean, lw=1.2, **style)[0], epochs, mean
+        epochs, mean = np.array([line["epoch"] for line in lines[0]]), 100 * np.mean([[line["test_acc"] for line in of_run] for of_run in lines], 0)
+        shown = np.flatnonzero(epochs >= after)   # before its switch a branch is its trunk
+        return axis.plot(epochs[max(0, shown[0] - 1):], mean[max(0, shown[0] - 1):], lw=1.2, **style)[0], epochs, mean
     for axis, direction in zip(axes[0], directions):
         curve(axis, [trunks[seed]["onehot"] for seed in seeds], color="black", label="one-hot")
-        curve(axis, [trunks[seed]["kd"] for seed in seeds], color="grey", label="KD")
+        total_epochs = curve(axis, [trunks[seed]["kd"] for seed in seeds], color="grey", label="KD")[1][-1]
         for s in sorted(s for d, s in folders[seeds[0]] if d == direction and 0 < s < 1):
-            line, epochs, mean = curve(axis, [folders[seed][direction, s] for seed in seeds], label=f"{ARROWS[direction]} at s={s:g}")
-            moment = s * epochs[-1]
+            moment = s * total_epochs
+            line, epochs, mean = curve(axis, [folders[seed][direction, s] for seed in seeds], moment, label=f"{ARROWS[direction]} at s={s:g}")
             axis.plot(moment, np.interp(moment, epochs, mean), "v", color=line.get_color(), ms=8)
         axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=ARROWS[direction])
         axis.legend(fontsize=8)

