@@ -251,6 +251,8 @@ def deviation_claims(tables):
             common.claim(f"{split}: {text}", expected, s["value"], s["low"], s["high"], threshold, above, note))
         row("slope of the student's fit exceeds 1", "> 1", student["slope"], 1, note=note)
         row("most of the teacher's hardest quarter lies below y = x", "> 0.5", student["low_below"], 0.5, note=note)
+        label = table["label"]["student"]["slope"]
+        row("slope of the student's fit exceeds 1 for the label's class", "> 1", label, 1, note="X and Y of the label instead of the predicted class")
         if control:
             row("on the hardest quarter the student falls lower than the one-hot control", "< 0", control["low_gap"], 0, above=False,
                 note="mean Y − X, student minus control")
