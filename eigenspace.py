@@ -25,7 +25,8 @@ that all networks of the seed reach (each at its first crossing), over the teach
 buckets. Below 1: exaggeration. Students have the teacher's initialisation and order, or fresh ones. The teacher's own path
 *is* early stopping (ratio 1 by construction), so a same-initialisation student below 1 does what early stopping does not. The
 control is a one-hot network with half the learning rate and twice the steps, same or fresh likewise: what it shows comes
-of the step size, or of another initialisation, and not of distillation.
+of the step size, or of another initialisation, and not of distillation. (The kernel at the teacher's end favours the teacher
+over any fresh network: there only the difference from the fresh control says something.)
 
 Departures from the paper: plain SGD (no momentum, weight decay or augmentation; batches of 250), so that paths are smooth;
 images are centred on the mean training image; weight *changes* are projected, for the initialisation is no progress; models
