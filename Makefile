@@ -18,9 +18,9 @@ ifeq ($(DATA),digits)
 export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: reproduce test fig1a fig1b clean
+.PHONY: reproduce test fig1a fig1b fig-eigenspace clean
 
-reproduce: fig1b fig1a
+reproduce: fig1b fig1a fig-eigenspace
 	@$(PY) -c 'import common; common.show_results("results")'
 
 fig1a: .venv/ready
@@ -33,6 +33,9 @@ fig1a: .venv/ready
 # Before fig1a in `reproduce`: its trunks are fig1a's runs, and it keeps their states on the way.
 fig1b: .venv/ready
 	$(PY) switch_distill.py $(COMMON) --quiet --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+
+fig-eigenspace: .venv/ready
+	$(PY) eigenspace.py --data "$(DATA)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"
 
 test: .venv/ready
 	$(PY) -m pytest -q test_smoke.py
