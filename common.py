@@ -661,7 +661,7 @@ def start_run(run, args, role, seed, data, model, **facts):
         leftover.unlink()
     exists = (run / "config.json").exists()
     if exists and not args.overwrite:
-        before, compared = read_json(run / "config.json"), ("role", "seed", "flags", "data", "facts")
+        before, compared = read_config(run), ("role", "seed", "flags", "data", "facts")
         differing = [f"{key}: {was!r} there, {now!r} now" for key, was, now in
                      _differences({key: before.get(key) for key in compared}, {key: config[key] for key in compared})
                      if key.removeprefix("flags.") not in NOT_COMPARED]
@@ -689,12 +689,20 @@ def _differences(before, after, prefix=""):
             yield prefix + key, was, now
 
 
+def read_config(run):
+    """config.json of a run folder as a dict; InputError when it is not what `start_run` writes."""
+    config = read_json(Path(run) / "config.json")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("flags", "data", "facts")):
+        raise InputError(f"{run}/config.json is not that of a run: restore it, or make the run again with --overwrite")
+    return config
+
+
 def finished_config(run):
     """config.json of a finished run; InputError when the folder is missing, not a run, or not finished."""
     run = Path(run)
     if not (run / "config.json").is_file():
         raise InputError(f"{run} is not a run folder (no config.json): give a folder that train_teacher.py or train_student.py wrote")
-    config = read_json(run / "config.json")
+    config = read_config(run)
     if not (run / "logits.npz").exists():
         raise InputError(f"{run} is not finished (no logits.npz): continue it with: {config.get('command', 'its training command')}")
     return config
@@ -711,11 +719,15 @@ def load_checkpoint(path, device="cpu"):
 
 
 def last_metrics(run):
-    """The last line of a run's metrics.jsonl as a dict."""
+    """The last line of a finished run's metrics.jsonl as a dict, with its test_acc; InputError when it has none."""
     try:
-        return json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+        last = json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+        if isinstance(last, dict) and isinstance(last.get("test_acc"), float):
+            return last
+        problem = "its last line holds no test_acc"
     except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{run}/metrics.jsonl cannot be read ({error}): train that run again with --overwrite") from None
+        problem = error
+    raise InputError(f"{run}/metrics.jsonl cannot be read ({problem}): train that run again with --overwrite")
 
 
 def load_teacher(run, data):
@@ -726,10 +738,10 @@ def load_teacher(run, data):
     """
     config = finished_config(run)
     for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
-        if config["data"][key] != data.facts[key]:
-            raise InputError(f"teacher {run} was trained on data with {key} {config['data'][key]}, the student's has "
+        if config["data"].get(key) != data.facts[key]:
+            raise InputError(f"teacher {run} was trained on data with {key} {config['data'].get(key)}, the student's has "
                              f"{data.facts[key]}: give both the same --data, --subset, --label-noise and --data-seed")
-    model = build_model(config["arch"], data.classes, data.facts["image"], config["flags"]["width"]).to(data.device)
+    model = build_model(str(config.get("arch")), data.classes, data.facts["image"], config["flags"].get("width", 1.0)).to(data.device)
     try:
         model.load_state_dict(load_checkpoint(Path(run) / "checkpoint.pt", data.device)["model"])
     except (RuntimeError, KeyError, TypeError) as error:

@@ -582,6 +582,8 @@ def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
     copy_run(teacher, tmp_path / "torn checkpoint", checkpoint=half)
     copy_run(teacher, tmp_path / "torn config", config=half)
     copy_run(teacher, tmp_path / "no metrics", metrics=lambda content: b"")
+    copy_run(teacher, tmp_path / "list config", config=lambda content: b"[1, 2]")
+    copy_run(teacher, tmp_path / "odd metrics", metrics=lambda content: b"[]\n")
     copy_run(teacher, tmp_path / "other arch", config=lambda content: content.replace(b'"arch": "resnet8"', b'"arch": "resnet14"'))
     copy_run(teacher, tmp_path / "other weights")
     state = common.load_checkpoint(tmp_path / "other weights" / "checkpoint.pt")
@@ -595,7 +597,7 @@ def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
     write_arrays(tmp_path / "four.npz", side=8, channels=1)
     (tmp_path / "empty").mkdir()
     cases = [("absent", [], "not a run folder"), ("empty", [], "not a run folder"), ("unfinished", [], "not finished", "train_teacher.py"),
-             ("torn checkpoint", [], "damaged", "checkpoint.pt"), ("torn config", [], "config.json"), ("no metrics", [], "metrics.jsonl"),
+             ("torn checkpoint", [], "damaged", "checkpoint.pt"), ("torn config", [], "config.json"), ("list config", [], "config.json"), ("odd metrics", [], "metrics.jsonl"), ("no metrics", [], "metrics.jsonl"),
              ("other arch", [], "does not fit resnet14"), ("other weights", [], "test accuracy here but recorded"), ("code inside", [], "damaged"),
              (teacher, ["--data", "npz:four.npz", "--subset", "0"], "classes 10", "4"), (teacher, ["--label-noise", "0.1"], "label_noise 0.3"),
              (teacher, ["--subset", "100"], "subset 300"), (teacher, ["--data-seed", "1"], "data_seed 0"),
