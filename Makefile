@@ -18,6 +18,8 @@ ifeq ($(DATA),digits)
 export OMP_NUM_THREADS ?= 1
 endif
 
+# Targets share run folders.
+.NOTPARALLEL:
 .PHONY: reproduce test fig1a fig1b fig-eigenspace clean
 
 reproduce: fig1b fig1a fig-eigenspace

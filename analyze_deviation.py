@@ -55,9 +55,10 @@ def phi_of_class(logits, classes):
 def deviation_columns(x, y):
     """Per-point columns [N, 13] whose weighted sums give every entry of STATISTICS (see `deviation_statistics`)."""
     low, high = x <= np.quantile(x, 0.25), x >= np.quantile(x, 0.75)
-    every = np.ones_like(x)
+    below, gap, every = low & (y < x), y - x, np.ones_like(x)
+    x, y = x - x.mean(), y - x.mean()   # one common shift: it keeps squares small, and `intercept` is mended for it in `replicates`
     fit = [every, x, y, x * x, x * y]
-    return np.stack(fit + [low * column for column in fit] + [low & (y < x), high, high * (y - x)], axis=1)
+    return np.stack(fit + [low * column for column in fit] + [below, high, high * gap], axis=1)
 
 
 def deviation_statistics(s):
@@ -109,9 +110,10 @@ def replicates(point, resamples=1000, rng=None):
     """
     rng = rng or np.random.default_rng(0)
     teacher, labels = point["teacher"], point["labels"]
-    parts = []
+    parts, means = [], {}
     for kind, classes in (("predicted", np.argmax(teacher, 1)), ("label", labels)):
         x = phi_of_class(teacher, classes)
+        means[kind] = x.mean()
         for name, logits in point["networks"].items():
             parts.append((kind, name, deviation_columns(x, phi_of_class(logits, classes)), deviation_statistics))
     for name, logits in dict(point["networks"], teacher=teacher).items():
@@ -122,6 +124,8 @@ def replicates(point, resamples=1000, rng=None):
         for key, values in statistics(sums[:, start:start + columns.shape[1]]).items():
             out[kind, name, key] = values
         start += columns.shape[1]
+        if kind != "fidelity":   # columns were shifted by the mean of X
+            out[kind, name, "intercept"] = out[kind, name, "intercept"] + means[kind] * (1 - out[kind, name, "slope"])
     if {"student", "control"} <= set(point["networks"]):
         for kind, name, key in [k for k in out if k[1] == "student"]:
             out[kind, "student-control", key] = out[kind, "student", key] - out[kind, "control", key]
@@ -131,27 +135,29 @@ def replicates(point, resamples=1000, rng=None):
 def combine(seeds, rng=None, of=lambda mean: mean):
     """Mean over seeds and its 95% bootstrap interval, over points and, when there are several, over seeds.
 
-    seeds: one array [1 + B, ...] of `replicates` per seed. With several seeds each replicate draws seeds with
-    replacement. Few seeds make percentile intervals too narrow, so the percentiles are widened to what Student's t
-    would give (the expanded percentile interval, Hesterberg 2015, §5.1). `of` maps means over seeds [B, ...] to the
-    statistic [B]. Returns dict(value, low, high, seeds), where seeds holds the statistic of each seed.
+    seeds: one array [1 + B, ...] of `replicates` per seed, in which replicate b is the same draw of points for every
+    seed: the seeds share their points, so what is particular to these points does not average out over seeds. With
+    several seeds each replicate also draws seeds with replacement (the crossed "pigeonhole" bootstrap of Owen 2007,
+    which errs towards wide intervals). A bootstrap of S seeds is too narrow by √(S/(S−1)) and by Student's t against
+    the normal (Hesterberg 2015, §5), so the distances of its ends from the value are stretched by both. `of` maps means over seeds
+    [B, ...] to the statistic [B]. Returns dict(value, low, high, seeds), where seeds holds the statistic of each seed.
     """
     rng = rng or np.random.default_rng(0)
     values = np.stack([seed[0] for seed in seeds])
-    draws, count, tail = np.stack([seed[1:] for seed in seeds]), len(seeds), 0.025
-    mean = draws[0]
+    draws, count, stretch = np.stack([seed[1:] for seed in seeds]), len(seeds), 1.0
+    mean, resamples = draws[0], draws.shape[1]
     if count > 1:
-        resamples = draws.shape[1]
-        chosen, replicate = rng.integers(count, size=(count, resamples)), rng.integers(resamples, size=(count, resamples))
-        mean = draws[chosen, replicate].mean(0)
-        tail = stats.norm.cdf(stats.t.ppf(0.025, count - 1) * np.sqrt(count / (count - 1)))
-    low, high = np.quantile(of(mean), [tail, 1 - tail])
-    return dict(value=float(of(values.mean(0, keepdims=True))[0]), low=float(low), high=float(high), seeds=of(values).tolist())
+        mean = draws[rng.integers(count, size=(count, resamples)), np.arange(resamples)].mean(0)
+        stretch = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
+    value, statistic = float(of(values.mean(0, keepdims=True))[0]), of(mean)
+    # A statistic that a draw leaves undefined (a quarter without spread) makes the interval undefined, not narrower.
+    low, high = np.quantile(statistic, [0.025, 0.975]) if np.isfinite(statistic).all() else (np.nan, np.nan)
+    return dict(value=value, low=float(value + stretch * (low - value)), high=float(value + stretch * (high - value)), seeds=of(values).tolist())
 
 
 def measure(points, resamples=1000, seed=0):
     """{kind: {network: {statistic: dict(value, low, high, seeds)}}} of one split over seeds; see `replicates`, `combine`."""
-    per_seed = [replicates(point, resamples, np.random.default_rng([seed, k])) for k, point in enumerate(points)]
+    per_seed = [replicates(point, resamples, np.random.default_rng(seed)) for point in points]
     table = {}
     for kind, network, key in per_seed[0]:
         values = combine([replicate[kind, network, key] for replicate in per_seed], np.random.default_rng([seed, len(points)]))
@@ -173,6 +179,8 @@ def check_logits(logits, name, like=None):
     if not np.isfinite(logits).all():
         row = int(np.argwhere(~np.isfinite(logits))[0, 0])
         raise common.InputError(f"{name} has NaN or infinite values (first in row {row}): give finite logits, or log-probabilities clipped from below")
+    if np.abs(logits).max() > 1e6:
+        raise common.InputError(f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved")
     return logits.astype(np.float64)
 
 
@@ -193,7 +201,7 @@ def load_array(path):
     except FileNotFoundError:
         raise common.InputError(f"{file} does not exist: check the path") from None
     except Exception as error:   # numpy and zipfile raise many kinds on a damaged file
-        raise common.InputError(f"{file} is not a readable .npy or .npz file ({error}): save it again with numpy.save") from None
+        raise common.InputError(f"{file} is not a readable .npy or .npz file ({common.first_line(error)}): save it again with numpy.save") from None
     if isinstance(loaded, np.ndarray):
         return loaded
     keys = [key] if key else loaded.files
@@ -273,8 +281,7 @@ def statistics_markdown(tables):
                 for network in table[kind]:
                     if network != "student-control":
                         cells = (table[kind][network][key] for key in names)
-                        text += f"| {split} | {kind} | {network} | " + " | ".join(
-                            f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells) + " |\n"
+                        text += f"| {split} | {kind} | {network} | " + " | ".join(map(common.cell, cells)) + " |\n"
         text += "\n"
     return text
 
@@ -303,7 +310,7 @@ def plot(points, tables, folder, title):
                      title=f"{split}: {name}, {100 * fit['low_below']['value']:.0f}% of the low quarter below y = x")
             axis.title.set_fontsize(9)
             axis.legend(loc="upper left", fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title.replace("$", r"\$"))   # not a formula
     common.save_figure(figure, folder, "fig1a")
     plt.close(figure)
 
@@ -323,9 +330,14 @@ def main(argv=None):
     add("--bootstrap", type=common.number(int, 100), default=2000, help="bootstrap draws behind each interval")
     add("--out", default="results/fig1a", help="folder for the figure, statistics and claims")
     args = parser.parse_args(argv)
-    if bool(args.teacher and args.student) == bool(args.teacher_logits):
-        raise common.InputError("give either --teacher and --student run folders, or --teacher-logits, --student-logits and --labels")
+    of_runs, of_files = (args.teacher, args.student, args.control), (args.teacher_logits, args.student_logits, args.control_logits, args.labels)
+    if any(of_runs) == any(of_files) or not (args.teacher and args.student or args.teacher_logits):
+        raise common.InputError("give either --teacher and --student run folders (and --control), or --teacher-logits, --student-logits and "
+                                "--labels (and --control-logits)")
 
+    folders = [Path(run).resolve() for group in (args.teacher, args.student, args.control) for run in set(group or ())]
+    if len(set(folders)) < len(folders):
+        raise common.InputError("the same run folder is named as two of teacher, student and control: they must be different runs")
     points = points_from_files(args) if args.teacher_logits else points_from_runs(args.teacher, args.student, args.control)
     for split, seeds in points.items():
         for point in seeds:
@@ -335,9 +347,10 @@ def main(argv=None):
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     seeds = len(next(iter(points.values())))
-    common.write_json(Path(args.out) / "deviation.json", dict(seeds=seeds, bootstrap=args.bootstrap, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
+    over = common.scope(seeds, len({point["teacher"].tobytes() for point in next(iter(points.values()))}))
+    common.write_json(Path(args.out) / "deviation.json", dict(seeds=seeds, intervals=f"95%, {over}", bootstrap=args.bootstrap, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
     print(statistics_markdown(tables))
-    common.save_claims(args.out, deviation_claims(tables))
+    common.save_claims(args.out, deviation_claims(tables), over)
     plot(points, tables, args.out, args.title or f"Student–teacher deviations, {seeds} seed{'s' if seeds > 1 else ''}")
 
 

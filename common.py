@@ -11,10 +11,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -34,18 +36,31 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run a script's `main()`: an InputError, or a file that cannot be written, becomes one line and exit code 2."""
+    """Run a script's `main()`: wrong input, a file that cannot be written or too little memory becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")   # a terminal without Unicode must not end a run
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # outside of training, which saves first
     try:
         main()
     except InputError as error:
         sys.exit(_complain(error))
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size or --subset"))
     except OSError as error:
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'no file named'} "
                            "(check that the folder exists, is writable and has space left)"))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its kind when it has none, for use inside a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
@@ -72,8 +87,14 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write `value` to `path` atomically as indented JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write `value` to `path` atomically as indented JSON; numbers that are not finite become null."""
+    def finite(part):
+        if isinstance(part, dict):
+            return {str(key): finite(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path):
@@ -87,15 +108,20 @@ def read_json(path):
 def read_npz(path, keys):
     """The arrays `keys` of an .npz as a dict; InputError when the file is missing, torn or lacks one of them."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys)}")
+        with file:
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
             return {key: file[key] for key in keys}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, AttributeError) as error:
-        raise InputError(f"{path} is not a readable .npz file ({error}): make it again") from None
+    except InputError:
+        raise
+    except Exception as error:   # numpy, zipfile and zlib each raise their own kinds on a damaged file
+        raise InputError(f"{path} is not a readable .npz file ({first_line(error)}): make it again") from None
 
 
 def stream_seed(*key):
@@ -254,12 +280,14 @@ def check_arrays(arrays, source):
     """The same dict with labels as int64, after checking shapes, types and ranges; InputError names what is wrong."""
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2]:
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2] or not x.size:
             raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
-        if y.ndim != 1 or len(y) != len(x) or not len(y) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must hold one class number >= 0 "
-                             f"for each of the {len(x)} images")
+        if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= max(1000, len(x)):
+            raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must hold one class number, 0 and up without "
+                             f"large gaps, for each of the {len(x)} images")
         arrays[f"y_{split}"] = y.astype(np.int64)
+    if max(arrays["y_train"].max(), arrays["y_test"].max()) < 1:
+        raise InputError(f"{source}: all labels are 0; there must be at least 2 classes")
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         raise InputError(f"{source}: train images are {list(arrays['x_train'].shape[1:])} but test images "
                          f"{list(arrays['x_test'].shape[1:])}: give both the same shape")
@@ -300,16 +328,17 @@ def tiny_imagenet_arrays(name, data_dir):
     if not root.is_dir():
         try:
             if not archive.exists():
-                download_url(TINY_IMAGENET_URL, data_dir, archive.name + ".part")
-                os.replace(archive.with_name(archive.name + ".part"), archive)
-            with zipfile.ZipFile(archive) as file:
-                unpacked = data_dir / f".tiny-imagenet.{os.getpid()}"
+                partial = archive.with_name(archive.name + ".part")
+                partial.unlink(missing_ok=True)
+                download_url(TINY_IMAGENET_URL, data_dir, partial.name)
+                zipfile.ZipFile(partial).close()   # a download that was cut has no directory at its end
+                os.replace(partial, archive)
+            with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(dir=data_dir, prefix=".tiny-imagenet") as unpacked:
                 for member in tqdm(file.namelist(), desc="unpacking", disable=None):
                     file.extract(member, unpacked)
-            os.replace(unpacked / "tiny-imagenet-200", root)
-            unpacked.rmdir()
+                os.replace(Path(unpacked) / "tiny-imagenet-200", root)
         except Exception as error:
-            raise InputError(f"tiny-imagenet could not be fetched or unpacked ({error}): put tiny-imagenet-200.zip or "
+            raise InputError(f"tiny-imagenet could not be fetched or unpacked ({first_line(error)}): put a whole tiny-imagenet-200.zip or "
                              f"the folder tiny-imagenet-200 into {data_dir}") from None
     x_train, y_train, names = image_folder(root / "train", 64)
     try:
@@ -326,7 +355,7 @@ def image_folder(root, image_size=None, names=None):
     try:
         folder = ImageFolder(root)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{root} is not a folder of class folders with images: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{root} is not a folder of class folders with images: {first_line(error)}") from None
     if names is not None and folder.classes != names:
         raise InputError(f"{root} has the classes {folder.classes[:5]}…, train has {names[:5]}…: give both the same folders")
     files, labels = zip(*folder.samples)
@@ -445,8 +474,10 @@ def build_model(arch, classes, image, width=1.0, seed=0):
     """
     side, _, channels = image
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed("init", seed))
+        torch.default_generator.manual_seed(stream_seed("init", seed))   # the CPU's alone
         if arch.startswith("torchvision:"):
+            if width != 1:
+                raise InputError(f"--width does not apply to {arch}: leave it out")
             model = torchvision_model(arch.removeprefix("torchvision:"), classes, channels)
         elif arch in ARCHS and arch.startswith("resnet"):
             model = ResNet(int(arch[6:]), classes, channels, width)
@@ -471,9 +502,9 @@ def build_model(arch, classes, image, width=1.0, seed=0):
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, channels, side, side))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"--arch {arch} does not fit images of {side}×{side}×{channels} "
-                         f"({str(error).splitlines()[0]}): choose another architecture or larger images") from None
+                         f"({first_line(error)}): choose another architecture or larger images") from None
     return model.train()
 
 
@@ -592,6 +623,9 @@ def resolve(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is visible; use --device cpu")
+    if args.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False   # fp32 means fp32: φ of a confident point needs all of its bits
+        torch.backends.cudnn.benchmark = True     # every batch has the same shape
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     return args
@@ -640,10 +674,18 @@ def weights_hash(model):
 
 def versions():
     """Versions of what the numbers depend on, the device's name and the git commit (None outside a checkout)."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = Path(__file__).resolve().parent
+    def git(*words):
+        try:
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        except OSError:   # no git here
+            return ""
+    commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(here) else ""
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += " with changes"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                git_commit=git.stdout.strip() or None, hardware=device, threads=torch.get_num_threads())
+                git_commit=commit or None, hardware=device, threads=torch.get_num_threads())
 
 
 def start_run(run, args, role, seed, data, model, **facts):
@@ -656,11 +698,15 @@ def start_run(run, args, role, seed, data, model, **facts):
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
                   parameters=sum(p.numel() for p in model.parameters()),
                   command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+    if args.batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise InputError(f"--batch-size 1 leaves {args.arch} nothing to normalise over: use at least 2")
     run.mkdir(parents=True, exist_ok=True)
     for leftover in run.glob(".*.tmp"):   # of a run that was killed while it wrote
-        leftover.unlink()
-    exists = (run / "config.json").exists()
-    if exists and not args.overwrite:
+        if RUN_FILE.fullmatch(leftover.name[1:].rsplit(".", 2)[0]):
+            leftover.unlink()
+    if not (run / "config.json").exists() and any(run.iterdir()):
+        raise InputError(f"{run} is not empty and not a run folder: choose another --out")
+    if (run / "config.json").exists() and not args.overwrite and read_json(run / "config.json") != DISCARDED:
         before, compared = read_config(run), ("role", "seed", "flags", "data", "facts")
         differing = [f"{key}: {was!r} there, {now!r} now" for key, was, now in
                      _differences({key: before.get(key) for key in compared}, {key: config[key] for key in compared})
@@ -672,16 +718,36 @@ def start_run(run, args, role, seed, data, model, **facts):
             print(f"{run} is finished already; --overwrite would train it again")
             return False
         return True
-    if not exists and not args.overwrite and any(run.iterdir()):
-        raise InputError(f"{run} is not empty and not a run folder: choose another --out")
-    for name in ("logits.npz", "checkpoint.pt", "metrics.jsonl", *(file.name for file in run.glob("snapshot-*.pt"))):
-        (run / name).unlink(missing_ok=True)   # logits first: it is what says "finished"
+    discard_run(run)
     write_json(run / "config.json", config)
     return True
 
 
+RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|checkpoint\.pt|logits\.npz|snapshot-\d+\.pt")
+
+
+DISCARDED = {"discarded": True}   # config.json of a run folder that --overwrite has emptied and training has not reached yet
+
+
+def discard_run(run):
+    """Empty a run folder of the files of its run, and no others."""
+    write_json(Path(run) / "config.json", DISCARDED)
+    for file in sorted(Path(run).iterdir(), key=lambda file: file.name != "logits.npz"):   # first what says "finished"
+        if RUN_FILE.fullmatch(file.name) and file.name != "config.json":
+            file.unlink()
+
+
+def discard_runs(args, runs):
+    """With --overwrite, discard all of `runs` now: interrupted, the command without --overwrite then goes on."""
+    if args.overwrite:   # after all input has been checked
+        for run in runs:
+            if (Path(run) / "config.json").exists():
+                discard_run(run)
+        args.overwrite = False
+
+
 def _differences(before, after, prefix=""):
-    for key in sorted(set(before) | set(after)):
+    for key in sorted(set(before) | set(after), key=lambda key: (isinstance(after.get(key), dict), key)):
         was, now = before.get(key), after.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             yield from _differences(was, now, f"{prefix}{key}.")
@@ -711,23 +777,33 @@ def finished_config(run):
 def load_checkpoint(path, device="cpu"):
     """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a dictionary")
+        return state
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: train that run again") from None
     except Exception as error:   # zip, pickle and torch each raise their own kinds on a damaged file
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): train that run again with --overwrite") from None
+        raise InputError(f"{path} is damaged ({first_line(error)}): train that run again with --overwrite") from None
+
+
+def read_metrics(run):
+    """All lines of a run's metrics.jsonl as dicts; InputError when one of them is not what a run writes."""
+    try:
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run}/metrics.jsonl cannot be read ({first_line(error)}): train that run again with --overwrite") from None
+    if not lines or not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) for line in lines):
+        raise InputError(f"{run}/metrics.jsonl is not that of a run: train that run again with --overwrite")
+    return lines
 
 
 def last_metrics(run):
     """The last line of a finished run's metrics.jsonl as a dict, with its test_acc; InputError when it has none."""
-    try:
-        last = json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
-        if isinstance(last, dict) and isinstance(last.get("test_acc"), float):
-            return last
-        problem = "its last line holds no test_acc"
-    except (OSError, ValueError, IndexError) as error:
-        problem = error
-    raise InputError(f"{run}/metrics.jsonl cannot be read ({problem}): train that run again with --overwrite")
+    last = read_metrics(run)[-1]
+    if not isinstance(last.get("test_acc"), float):
+        raise InputError(f"{run}/metrics.jsonl ends without a test_acc: train that run again with --overwrite")
+    return last
 
 
 def load_teacher(run, data):
@@ -744,12 +820,12 @@ def load_teacher(run, data):
     model = build_model(str(config.get("arch")), data.classes, data.facts["image"], config["flags"].get("width", 1.0)).to(data.device)
     try:
         model.load_state_dict(load_checkpoint(Path(run) / "checkpoint.pt", data.device)["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"{run}/checkpoint.pt does not fit {config['arch']} ({str(error).splitlines()[0]}): train it again") from None
+    except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{run}/checkpoint.pt does not fit {config['arch']} ({first_line(error)}): train it again") from None
     model = model.to(memory_format=torch.channels_last).eval()
     recorded = last_metrics(run)["test_acc"]
     measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
-    if abs(measured - recorded) > 0.002:   # 0.2 points: float noise between devices
+    if abs(measured - recorded) > max(0.002, 2 / len(data.y_test)) + 1e-9:   # float noise between devices flips a few points
         raise InputError(f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%: "
                          "its checkpoint or the data has changed; train it again")
     return model
@@ -829,11 +905,13 @@ def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None,
             optimizer.load_state_dict(state["optimizer"])
             step, history, spent = state["step"], state["history"], state["spent"]
             loss_sum, correct = state["loss_sum"], state["correct"]
+            if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))):
+                raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
             torch.set_rng_state(state["rng"].cpu())
             if device.type == "cuda" and state["cuda_rng"]:
                 torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{source} does not fit this run ({str(error).splitlines()[0][:120]}): discard it with --overwrite") from None
+        except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"{source} does not fit this run ({first_line(error)}): discard it with --overwrite") from None
         if source == checkpoint and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
 
@@ -871,16 +949,21 @@ def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None,
                 bar.update()
                 if stop:
                     break
-            if not torch.isfinite(loss_sum):
-                raise InputError(f"the loss became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
-                                 "or lengthen --warmup; the last checkpoint is kept")
+            if device.type == "cuda":
+                torch.cuda.synchronize()   # once per epoch, so that the time is the device's
+            seconds, test = spent + time.perf_counter() - started, None
+            if step % per_epoch == 0 and ((epoch + 1) % args.eval_every == 0 or step == total):
+                test = logits_of(model, data, data.x_test)
+            # Weights and outputs too: the loss of a step is older than what the step did to them.
+            numbers = [loss_sum, *(p.detach().double().sum() for p in model.parameters()), *([] if test is None else [test.double().sum()])]
+            if not torch.isfinite(torch.stack(numbers)).all():
+                raise InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
+                                 "or lengthen --warmup, and discard this run with --overwrite (its last good checkpoint is kept)")
             if step % per_epoch == 0:
-                seconds = spent + time.perf_counter() - started
                 line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight,
                             train_loss=loss_sum.item() / per_epoch, train_acc=correct.item() / (per_epoch * batch),
                             seconds=round(seconds, 3), images_per_s=round(per_epoch * batch / seconds, 1))
-                if (epoch + 1) % args.eval_every == 0 or step == total:
-                    test = logits_of(model, data, data.x_test)
+                if test is not None:
                     line["test_loss"] = F.cross_entropy(test, data.y_test).item()
                     line["test_acc"] = (test.argmax(1) == data.y_test).double().mean().item()
                     line["best_test_acc"] = max([line["test_acc"]] + [past["test_acc"] for past in history if "test_acc" in past])
@@ -947,6 +1030,11 @@ def verdict(interval, threshold, above=True):
     return "holds" if low > threshold else "fails" if high < threshold else "unclear"
 
 
+def cell(measured, scale=1.0, digits=3):
+    """`value [low, high]` of a dict with these keys, as text."""
+    return f"{scale * measured['value']:.{digits}f} [{scale * measured['low']:.{digits}f}, {scale * measured['high']:.{digits}f}]"
+
+
 def claim(text, expected, value, low, high, threshold, above=True, note=""):
     """One row of a claims table. `value` with its 95% interval low..high is held against `threshold`."""
     return dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=verdict((low, high), threshold, above), note=note)
@@ -960,8 +1048,16 @@ def claims_markdown(rows):
     return text
 
 
-def save_claims(folder, rows):
-    """Write claims.json and claims.md into `folder` and print the table."""
+def scope(seeds, teachers=1):
+    """What an interval covers, for the reader of a table: points alone, or points and seeds, and how many teachers."""
+    if seeds == 1:
+        return "over points only: one seed"
+    return f"over points and {seeds} seeds, " + ("one teacher for all" if teachers == 1 else "each with its own teacher")
+
+
+def save_claims(folder, rows, over=""):
+    """Write claims.json and claims.md into `folder` and print the table; `over` says what the intervals cover."""
+    rows = [dict(row, note="; ".join(filter(None, (row["note"], over)))) for row in rows]
     write_json(Path(folder) / "claims.json", rows)
     write_text(Path(folder) / "claims.md", claims_markdown(rows))
     print(claims_markdown(rows))

@@ -18,7 +18,6 @@ Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: one-ho
 `--recipe short`, one seed on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
 """
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +39,34 @@ def switched_weights(before, after, switch_step, window=0):
     return weights_at
 
 
+def run_folders(base, options, seed, steps, total):
+    """{(direction, s): run folder} and {"onehot": run folder, "kd": run folder} of one seed; s = 0 and s = 1 are the trunks."""
+    trunks = {name: Path(f"{base}-{name}-s{seed}") for name in ("onehot", "kd")}
+    window = f"-w{options.window}" if options.window else ""
+    return {(direction, s): trunks[SWITCHES[direction][1 if step == 0 else 0]] if step in (0, total) else Path(f"{base}-{direction}-{s:g}{window}-s{seed}")
+            for direction in options.direction for s, step in steps.items()}, trunks
+
+
+def latest_snapshot(run, step):
+    """The newest readable snapshot-<at>.pt of a run with at <= step, or None; a damaged one is passed over with a note."""
+    kept = {int(file.stem.removeprefix("snapshot-")): file for file in run.glob("snapshot-*.pt") if common.RUN_FILE.fullmatch(file.name)}
+    for at in sorted((at for at in kept if at <= step), reverse=True):
+        try:
+            common.load_checkpoint(kept[at])
+            return kept[at]
+        except common.InputError:
+            print(f"note: {kept[at]} is damaged and not used; the branch starts earlier")
+    return None
+
+
 def train_seed(base, args, options, seed, data, teacher, steps):
     """Train both trunks and every branch of one seed, unless they are finished.
 
-    base: prefix of the run folders; teacher: model; steps: {s: step of the switch}. Returns {(direction, s): run
-    folder} and {"onehot": run folder, "kd": run folder}; s = 0 and s = total are the trunks themselves.
+    base: prefix of the run folders; teacher: model; steps: {s: step of the switch}. Returns what `run_folders` does.
     """
     _, total = common.total_steps(args, data)
     weights = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
-    trunks, folders = {name: Path(f"{base}-{name}-s{seed}") for name in weights}, {}
+    folders, trunks = run_folders(base, options, seed, steps, total)
 
     def train(run, name, **more):
         ce_weight, kd_weight = weights[name]
@@ -60,16 +78,13 @@ def train_seed(base, args, options, seed, data, teacher, steps):
     for direction in options.direction:
         before, after = SWITCHES[direction]
         for s, step in steps.items():
-            if step in (0, total):
-                folders[direction, s] = trunks[before if step else after]
+            run = folders[direction, s]
+            if run in trunks.values():
                 continue
-            run = folders[direction, s] = Path(f"{base}-{direction}-{s:g}{f'-w{options.window}' if options.window else ''}-s{seed}")
             # From the latest state of the trunk before the switch. Without one (the trunk was trained by another script,
             # or with other switches) the branch is trained from the start: slower, with the same result.
-            kept = {int(file.stem.split("-")[1]): file for file in trunks[before].glob("snapshot-*.pt")}
-            latest = max((at for at in kept if at <= step), default=None)
             train(run, after, teacher=teacher, weights_at=switched_weights(weights[before], weights[after], step, options.window),
-                  start_from=kept.get(latest), switch=dict(direction=direction, step=step, window=options.window))
+                  start_from=latest_snapshot(trunks[before], step), switch=dict(direction=direction, step=step, window=options.window))
     return folders, trunks
 
 
@@ -106,7 +121,7 @@ def switch_table(folders, trunks, teachers, seeds, resamples):
     rows, measured = [], {}
     for direction, s in folders[seeds[0]]:
         runs = {seed: folders[seed][direction, s] for seed in seeds}
-        per_seed = [accuracy_sums((runs[seed], trunks[seed]["onehot"], trunks[seed]["kd"]), resamples, np.random.default_rng([1, seed])) for seed in seeds]
+        per_seed = [accuracy_sums((runs[seed], trunks[seed]["onehot"], trunks[seed]["kd"]), resamples, np.random.default_rng(1)) for seed in seeds]
         row = dict(direction=direction, s=s, runs=[str(run) for run in runs.values()], **recovered(per_seed, 2))
         key = tuple(runs.values())
         if key not in measured:   # the pure runs stand in both directions
@@ -119,7 +134,7 @@ def switch_table(folders, trunks, teachers, seeds, resamples):
 
 def table_markdown(rows):
     """The rows of `switch_table` as a Markdown table."""
-    cell = lambda m, scale=1, digits=3: f"{scale * m['value']:.{digits}f} [{scale * m['low']:.{digits}f}, {scale * m['high']:.{digits}f}]"
+    cell = common.cell
     text = ("| direction | s | test accuracy % | minus one-hot | recovered share | train slope | train low quarter below | train low gap | test low gap |\n"
             "|---|---|---|---|---|---|---|---|---|\n")
     for row in rows:
@@ -163,7 +178,7 @@ def teacher_rows(base, args, options, data, seeds):
             flags.stop_epoch = epochs if early else flags.stop_epoch
             train_teacher(teacher, flags, seed, data)
             train_student(student, args, seed, data, common.load_teacher(teacher, data))
-        draws = [accuracy_sums(runs, options.bootstrap, np.random.default_rng([1, seed])) for seed, runs in zip(seeds, zip(students, onehots))]
+        draws = [accuracy_sums(runs, options.bootstrap, np.random.default_rng(1)) for seed, runs in zip(seeds, zip(students, onehots))]
         points = analyze_deviation.points_from_runs(teachers, students, onehots)
         row = dict(epochs=epochs, gain=analyze_deviation.combine(draws, np.random.default_rng(2), lambda m: m[:, 0] - m[:, 1]),
                    slope={split: analyze_deviation.measure(points[split], options.bootstrap)["predicted"]["student"]["slope"] for split in points})
@@ -175,7 +190,7 @@ def teacher_rows(base, args, options, data, seeds):
 
 def teacher_markdown(rows):
     """The rows of `teacher_rows` as a Markdown table."""
-    cell = lambda m, scale, digits: f"{scale * m['value']:.{digits}f} [{scale * m['low']:.{digits}f}, {scale * m['high']:.{digits}f}]"
+    cell = common.cell
     text = "| teacher's epochs | its train accuracy % | its test accuracy % | KD minus one-hot, test points | train slope | test slope |\n|---|---|---|---|---|---|\n"
     for row in rows:
         text += (f"| {row['epochs']} | {100 * row['teacher_train_accuracy']:.2f} | {100 * row['teacher_test_accuracy']:.2f} | {cell(row['gain'], 100, 2)} | "
@@ -212,9 +227,9 @@ def plot_curves(plt, folders, trunks, seeds, folder, title):
     figure, axes = plt.subplots(1, len(directions), figsize=(6.2 * len(directions), 4.2), squeeze=False, sharey=True, layout="constrained")
 
     def curve(axis, runs, after=0, **style):
-        lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-        lines = [[line for line in of_run if "test_acc" in line] for of_run in lines]
-        epochs, mean = np.array([line["epoch"] for line in lines[0]]), 100 * np.mean([[line["test_acc"] for line in of_run] for of_run in lines], 0)
+        curves = [{line["epoch"]: line["test_acc"] for line in common.read_metrics(run) if "test_acc" in line} for run in runs]
+        epochs = np.array(sorted(set.intersection(*map(set, curves))))   # seeds may have been evaluated at other epochs
+        mean = 100 * np.mean([[of_run[epoch] for epoch in epochs] for of_run in curves], 0)
         shown = np.flatnonzero(epochs >= after)   # before its switch a branch is its trunk
         return axis.plot(epochs[max(0, shown[0] - 1):], mean[max(0, shown[0] - 1):], lw=1.2, **style)[0], epochs, mean
     for axis, direction in zip(axes[0], directions):
@@ -267,6 +282,10 @@ def main(argv=None):
         raise common.InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
     if options.teacher_epochs and args.teacher:
         raise common.InputError("--teacher-epochs trains its own teachers: leave out --teacher")
+    if options.teacher_epochs and args.stop_epoch:
+        raise common.InputError("--stop-epoch and --teacher-epochs both stop the teacher: leave one out")
+    if "{seed}" in (args.out or ""):
+        raise common.InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
     if max(options.teacher_epochs, default=0) > args.epochs:
         raise common.InputError(f"--teacher-epochs {max(options.teacher_epochs)} is beyond --epochs {args.epochs}: give at most {args.epochs}")
 
@@ -276,6 +295,14 @@ def main(argv=None):
     base, results, seeds = args.out or f"runs/{common.default_name(args)}", Path(options.results), args.seeds
     results.mkdir(parents=True, exist_ok=True)
 
+    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    if args.teacher:
+        for seed in seeds:
+            common.finished_config(args.teacher.replace("{seed}", str(seed)))
+    planned = [run for seed in seeds for part in run_folders(base, options, seed, steps, total) for run in part.values()]
+    planned += [] if args.teacher else [Path(f"{base}-teacher-s{seed}") for seed in seeds]
+    planned += [Path(f"{base}-{name}-e{epochs}-s{seed}") for seed in seeds for epochs in options.teacher_epochs for name in ("teacher", "kd")]
+    common.discard_runs(args, planned)
     folders, trunks, teachers = {}, {}, {}
     for seed in seeds:
         teachers[seed] = Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}")
@@ -283,21 +310,20 @@ def main(argv=None):
             train_teacher(teachers[seed], common.only_flags(args, common.add_flags), seed, data)
         folders[seed], trunks[seed] = train_seed(base, args, options, seed, data, common.load_teacher(teachers[seed], data), steps)
 
-    one = len(set(teachers.values())) == 1
-    scope = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, " + ("one teacher" if one else "each with its own teacher")
+    over = common.scope(len(seeds), len(set(teachers.values())))
     rows = switch_table(folders, trunks, teachers, seeds, options.bootstrap)
     by_teacher = teacher_rows(base, args, options, data, seeds)
-    common.write_json(results / "switch.json", dict(intervals=f"95% over test points and {scope}", rows=rows, teachers=by_teacher))
-    text = f"Intervals: 95%, over points and {scope}.\n\n{table_markdown(rows)}"
+    common.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows, teachers=by_teacher))
+    text = f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}"
     text += f"\n{teacher_markdown(by_teacher)}" if by_teacher else ""
     common.write_text(results / "switch.md", text)
     print(text)
-    common.save_claims(results, switch_claims(rows))
+    common.save_claims(results, switch_claims(rows), over)
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    title = f"{args.data}, {args.arch}: {scope}"
+    title = f"{args.data}, {args.arch}; intervals {over}".replace("$", r"\$")
     plot_switches(plt, rows, results, title)
     plot_curves(plt, folders, trunks, seeds, results, title)
     if by_teacher:

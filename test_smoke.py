@@ -125,7 +125,8 @@ def test_parameter_counts_are_the_published_ones(arch, classes, expected):
 def test_models_map_images_to_logits_and_depend_on_the_seed_alone(arch, image):
     side, _, channels = image
     before = torch.get_rng_state()
-    one, same, other = (common.build_model(arch, 7, image, 0.5, seed).eval() for seed in (1, 1, 2))
+    width = 1.0 if arch.startswith("torchvision:") else 0.5
+    one, same, other = (common.build_model(arch, 7, image, width, seed).eval() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     x = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -359,7 +360,7 @@ def test_kd_loss_and_its_gradient_match_the_float64_formula(temperature):
 
 
 def schedule(**flags):
-    args = dict(data="cifar100", recipe="paper", seeds=[0], device="cpu", precision="fp32", **{k: None for k in common.RECIPES["paper"]})
+    args = dict(data="cifar100", recipe="paper", seeds=[0], device="cpu", precision="fp32", stop_epoch=None, **{k: None for k in common.RECIPES["paper"]})
     return common.resolve(SimpleNamespace(**dict(args, **flags)))
 
 
@@ -414,9 +415,17 @@ def test_a_run_folder_holds_what_was_trained(runs):
         assert lines[-1]["test_acc"] == pytest.approx((logits["test_logits"].argmax(1) == logits["test_labels"]).mean())
 
 
-def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(runs):
-    start = [common.weights_hash(common.build_model("resnet8", 10, (8, 8, 1), 0.25, (role, 0))) for role in ("teacher", "student")]
-    assert start[0] != start[1]
+def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(runs, monkeypatch):
+    import train_student
+    import train_teacher
+    keys = {}
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(common, "train", lambda run, model, data, args, role, seed, *rest, **more: keys.update({run.name: (common.weights_hash(model), role, seed)}))
+    train_teacher.main([*TINY, "--out", "runs/paired-teacher"])
+    train_student.main([*TINY, "--teacher", "runs/teacher-s0", "--out", "runs/paired-kd"])
+    train_student.main([*TINY, "--kd-weight", "0", "--ce-weight", "1", "--out", "runs/paired-onehot"])
+    assert keys["paired-kd"] == keys["paired-onehot"] != keys["paired-teacher"]   # weights at the start, and the key of order and views
+    assert keys["paired-kd"][0] != keys["paired-teacher"][0] and keys["paired-kd"][1:] != keys["paired-teacher"][1:]
     control, run = (json.loads((runs / "runs" / f"{name}-s0" / "config.json").read_text()) for name in ("onehot", "kd"))
     assert control["facts"]["teacher_sha256"] is None and run["facts"]["teacher_sha256"]
     finals = [common.load_checkpoint(runs / "runs" / f"{name}-s0" / "checkpoint.pt")["model"]["fc.weight"] for name in ("teacher", "kd", "onehot")]
@@ -438,6 +447,39 @@ def test_overwrite_trains_again(runs, tmp_path):
         ok(run_cli("train_teacher.py", *TINY, "--out", "t", *extra, cwd=tmp_path))
     assert json.loads((tmp_path / "t" / "config.json").read_text())["flags"]["lr"] == 0.05
     assert common.last_metrics(tmp_path / "t")["lr"] < 0.05
+
+
+def test_overwrite_discards_all_seeds_first_and_only_the_files_of_runs(tmp_path):
+    ok(run_cli("train_teacher.py", *TINY, "--seeds", 0, 1, "--out", "t", cwd=tmp_path))
+    (tmp_path / "t-s1" / "notes.txt").write_text("mine")
+    (tmp_path / "t-s1" / ".draft.tmp").write_text("mine")
+    # Seed 0 cannot be trained, so the command stops; what it says must go on without --overwrite.
+    (tmp_path / "t-s0" / "config.json").unlink()
+    one_line_error(run_cli("train_teacher.py", *TINY, "--seeds", 0, 1, "--lr", 0.2, "--out", "t", "--overwrite", cwd=tmp_path), "not a run folder")
+    assert (tmp_path / "t-s0" / "checkpoint.pt").exists()   # a folder without config.json is not ours to empty
+    ok(run_cli("train_teacher.py", *TINY, "--seed", 1, "--lr", 0.2, "--out", "t-s1", cwd=tmp_path))
+    assert json.loads((tmp_path / "t-s1" / "config.json").read_text())["flags"]["lr"] == 0.2
+    assert (tmp_path / "t-s1" / "notes.txt").read_text() == "mine" and (tmp_path / "t-s1" / ".draft.tmp").exists()
+
+
+def test_bad_input_discards_nothing_even_with_overwrite(runs, tmp_path):
+    copy_run(runs / "runs" / "kd-s0", tmp_path / "s")
+    before = hashes(tmp_path / "s")
+    for script, *extra in (("train_student.py", "--teacher", "absent"), ("train_teacher.py", "--arch", "resnet9"), ("train_teacher.py", "--subset", "9999")):
+        one_line_error(run_cli(script, *TINY, "--out", "s", "--overwrite", *extra, cwd=tmp_path))
+    assert hashes(tmp_path / "s") == before
+
+
+def test_runs_need_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.versions()["git_commit"] is None and common.versions()["torch"] == torch.__version__
+
+
+def test_one_control_serves_students_of_every_temperature(runs):
+    run = runs / "runs" / "onehot-s0"
+    before = hashes(run)
+    ok(run_cli("train_student.py", *TINY, "--seed", 0, "--kd-weight", 0, "--ce-weight", 1, "--temperature", 2, "--out", "runs/onehot-s0", cwd=runs))
+    assert hashes(run) == before
 
 
 def test_runs_are_reproducible_across_processes(runs, tmp_path):
@@ -467,7 +509,7 @@ def engine(run, weights_at=lambda step: (1.0, 0.0), arch="resnet8", **changed):
     data = common.data_from(args)
     model = common.build_model(arch, data.classes, data.facts["image"], args.width, ("teacher", 0))
     common.start_run(run, args, "teacher", 0, data, model)
-    common.train(run, model, data, args, "teacher", 0, lambda z, y, t, ce, kd: F.cross_entropy(z, y), weights_at)
+    common.train(run, model, data, args, "teacher", 0, lambda z, y, t, ce, kd: ce * F.cross_entropy(z, y), weights_at)
     return model.state_dict(), [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -544,17 +586,21 @@ def test_bad_flags_and_data_get_one_line(runs, tmp_path):
     np.savez(tmp_path / "float.npz", **dict(arrays, x_train=arrays["x_train"] / 255))
     np.savez(tmp_path / "short.npz", **dict(arrays, y_train=arrays["y_train"][:-1]))
     np.savez(tmp_path / "keys.npz", x_train=arrays["x_train"])
+    np.savez(tmp_path / "huge.npz", **dict(arrays, y_train=arrays["y_train"] + 10 ** 10))
+    np.savez(tmp_path / "one.npz", **dict(arrays, y_train=arrays["y_train"] * 0, y_test=arrays["y_test"] * 0))
+    np.save(tmp_path / "array.npy", arrays["x_train"])
     (tmp_path / "torn.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:500])
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("dear")
     cases = [
-        (["--arch", "resnet9"], "unknown --arch", "resnet20"), (["--arch", "torchvision:resnet19"], "unknown --arch", "resnet18"),
-        (["--arch", "torchvision:resnet18"], "3-channel"), (["--arch", "torchvision:alexnet", "--data", "npz:good.npz", "--subset", "0"], "does not fit"),
+        (["--arch", "resnet9"], "unknown --arch", "resnet20"), (["--arch", "torchvision:resnet19", "--width", "1"], "unknown --arch", "resnet18"),
+        (["--arch", "torchvision:resnet18", "--width", "1"], "3-channel"), (["--arch", "torchvision:resnet18"], "--width"), (["--arch", "torchvision:alexnet", "--data", "npz:good.npz", "--subset", "0", "--width", "1"], "does not fit"),
         (["--data", "imagenet"], "unknown --data", "npz:PATH"), (["--data", "npz:absent.npz"], "absent.npz", "does not exist"),
         (["--data", "npz:float.npz"], "float64", "uint8"), (["--data", "npz:short.npz"], "y_train", "60"),
         (["--data", "npz:keys.npz"], "lacks", "y_train"), (["--data", "npz:torn.npz"], "torn.npz", "not a readable"),
-        (["--data", "folder:notes"], "folder of class folders"), (["--subset", "9999"], "--subset 9999", "1297"),
+        (["--data", "npz:huge.npz"], "large gaps"), (["--data", "npz:one.npz"], "at least 2 classes"), (["--data", "npz:array.npy"], "single array"),
+        (["--batch-size", "1"], "--batch-size 1"), (["--data", "folder:notes"], "folder of class folders"), (["--subset", "9999"], "--subset 9999", "1297"),
         (["--label-noise", "1"], "--label-noise", "[0, 1)"), (["--label-noise", "nan"], "--label-noise"), (["--epochs", "0"], "--epochs"),
         (["--lr", "fast"], "--lr", "invalid"), (["--recipe", "slow"], "--recipe", "quick"), (["--epoch", "2"], "unrecognized arguments"),
         (["--warmup", "7"], "--warmup 7"), (["--seeds", "1", "1"], "twice"), (["--schedule", "step"], "--milestones"),
@@ -595,9 +641,12 @@ def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
             return (Path.touch, (tmp_path / "ran",))
     torch.save(dict(model=Evil()), tmp_path / "code inside" / "checkpoint.pt")
     write_arrays(tmp_path / "four.npz", side=8, channels=1)
+    copy_run(teacher, tmp_path / "empty checkpoint", checkpoint=lambda content: b"")
+    copy_run(teacher, tmp_path / "tensor checkpoint")
+    torch.save(torch.zeros(3), tmp_path / "tensor checkpoint" / "checkpoint.pt")
     (tmp_path / "empty").mkdir()
     cases = [("absent", [], "not a run folder"), ("empty", [], "not a run folder"), ("unfinished", [], "not finished", "train_teacher.py"),
-             ("torn checkpoint", [], "damaged", "checkpoint.pt"), ("torn config", [], "config.json"), ("list config", [], "config.json"), ("odd metrics", [], "metrics.jsonl"), ("no metrics", [], "metrics.jsonl"),
+             ("torn checkpoint", [], "damaged", "checkpoint.pt"), ("empty checkpoint", [], "checkpoint.pt"), ("tensor checkpoint", [], "checkpoint.pt"), ("torn config", [], "config.json"), ("list config", [], "config.json"), ("odd metrics", [], "metrics.jsonl"), ("no metrics", [], "metrics.jsonl"),
              ("other arch", [], "does not fit resnet14"), ("other weights", [], "test accuracy here but recorded"), ("code inside", [], "damaged"),
              (teacher, ["--data", "npz:four.npz", "--subset", "0"], "classes 10", "4"), (teacher, ["--label-noise", "0.1"], "label_noise 0.3"),
              (teacher, ["--subset", "100"], "subset 300"), (teacher, ["--data-seed", "1"], "data_seed 0"),
@@ -610,12 +659,15 @@ def test_bad_teachers_get_one_line_and_no_run_folder(runs, tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path):
-    good, _ = engine(tmp_path / "t", epochs=8, save_every=1, lr=0.01)
-    process = run_cli("train_teacher.py", *TINY, "--epochs", 30, "--lr", 1e9, "--warmup", 0, "--out", "n", cwd=tmp_path)
-    one_line_error(process, "NaN", "--lr")
-    assert not (tmp_path / "n" / "logits.npz").exists()
-    checkpoint = tmp_path / "n" / "checkpoint.pt"
-    assert not checkpoint.exists() or all(torch.isfinite(v).all() for v in common.load_checkpoint(checkpoint)["model"].values())
+    with pytest.raises(SystemExit):   # a good first part
+        engine(tmp_path / "t", lambda step: (signal.raise_signal(signal.SIGTERM) if step == 8 else None, (1.0, 0.0))[1])
+    before = hashes(tmp_path / "t")
+    with pytest.raises(common.InputError, match="NaN or infinite in epoch 3.*--lr.*good checkpoint is kept"):
+        engine(tmp_path / "t", lambda step: (float("inf"), 0.0))
+    assert hashes(tmp_path / "t")["checkpoint.pt"] == before["checkpoint.pt"] and not (tmp_path / "t" / "logits.npz").exists()
+    # Even when only the very last step does it, after the last loss was seen.
+    one_line_error(run_cli("train_teacher.py", *TINY, "--epochs", 1, "--batch-size", 300, "--lr", 1e38, "--warmup", 0, "--out", "n", cwd=tmp_path), "NaN", "--lr")
+    assert not (tmp_path / "n" / "logits.npz").exists() and not (tmp_path / "n" / "checkpoint.pt").exists()
 
 
 def test_a_torn_checkpoint_of_an_unfinished_run_is_not_lost(runs, tmp_path):
@@ -676,6 +728,7 @@ def test_statistics_match_their_definitions():
 
 def test_weighted_bootstrap_equals_a_plain_bootstrap():
     point = random_points(200)
+    point["teacher"] = point["teacher"] + 1e5   # a common offset changes no probability and must cost no digits
     got = analyze_deviation.replicates(point, 130, np.random.default_rng(7))   # more than one chunk of draws
     classes, rng = point["teacher"].argmax(1), np.random.default_rng(7)
     x, y = (analyze_deviation.phi_of_class(z, classes) for z in (point["teacher"], point["networks"]["student"]))
@@ -686,15 +739,24 @@ def test_weighted_bootstrap_equals_a_plain_bootstrap():
             assert np.isclose(got["predicted", "student", key][b], value), (b, key)
 
 
-def test_intervals_cover_the_truth_over_points_and_over_seeds():
-    rng, inside = np.random.default_rng(8), {1: 0, 5: 0}
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("shared", [0.0, 0.9])   # share of the points' noise that all seeds have in common
+def test_intervals_cover_the_truth_over_points_and_over_seeds(count, shared):
+    rng, inside = np.random.default_rng(8), 0
     for trial in range(200):
-        for count in inside:
-            offsets = rng.normal(0, 1 if count > 1 else 0, count)   # seeds differ by more than the points' noise
-            draws = [rng.normal(3 + offset, 0.1) + np.append(0, rng.normal(0, 0.1, 400)) for offset in offsets]
-            interval = analyze_deviation.combine(draws, np.random.default_rng(trial))
-            inside[count] += interval["low"] <= 3 <= interval["high"]
-    assert inside[1] >= 180 and inside[5] >= 180   # 95% nominal
+        points = rng.normal(0, 1, 100)   # what is particular to these points, for all seeds
+        columns = [0.3 * rng.normal() * (count > 1) + shared ** 0.5 * points + (1 - shared) ** 0.5 * rng.normal(0, 1, 100) for _ in range(count)]
+        draws = [analyze_deviation.resampled_sums(column[:, None], 200, np.random.default_rng(trial))[:, 0] / 100 for column in columns]
+        interval = analyze_deviation.combine(draws, np.random.default_rng([trial, 1]))
+        inside += interval["low"] <= 0 <= interval["high"]
+    assert inside >= 178   # 95% nominal: 190 of 200, standard deviation 3; wider is allowed
+
+
+def test_an_undefined_statistic_has_an_undefined_interval_and_valid_json(tmp_path):
+    interval = analyze_deviation.combine([np.array([1.0, np.nan, 1.1])])
+    assert np.isnan(interval["low"]) and common.verdict((interval["low"], interval["high"]), 0) == "unclear"
+    common.write_json(tmp_path / "x.json", dict(interval, more=[float("inf"), 1.5]))
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: 1 / 0) == dict(value=1.0, low=None, high=None, seeds=[1.0], more=[None, 1.5])
 
 
 def test_a_copy_of_the_teacher_has_no_deviation():
@@ -740,7 +802,7 @@ def test_figure_1a_from_runs_and_from_files_agree(runs, tmp_path):
 def test_bad_logits_get_one_line(runs, tmp_path):
     point = random_points(50)
     for name, array in dict(t=point["teacher"], s=point["networks"]["student"], y=point["labels"], short=point["teacher"][:40], flat=np.zeros((50, 6)),
-                            nan=np.where(np.arange(50)[:, None] == 7, np.nan, point["teacher"]), wide=np.zeros((50, 7)), y9=point["labels"] + 9,
+                            nan=np.where(np.arange(50)[:, None] == 7, np.nan, point["teacher"]), wide=np.zeros((50, 7)), giant=point["teacher"] * 1e160, y9=point["labels"] + 9,
                             yf=point["labels"] / 2, text=np.array(["a"] * 50)).items():
         np.save(tmp_path / f"{name}.npy", array)
     (tmp_path / "torn.npy").write_bytes((tmp_path / "t.npy").read_bytes()[:300])
@@ -754,9 +816,10 @@ def test_bad_logits_get_one_line(runs, tmp_path):
              (good + ["--teacher-logits", "text.npy"], "text.npy"), (good + ["--teacher-logits", "torn.npy"], "torn.npy"), (good[:4], "--labels"),
              (good + ["--teacher-logits", "both.npz"], "both.npz:NAME"), (good + ["--teacher-logits", "both.npz:c"], "a, b"),
              (good + ["--teacher-logits", "absent.npy"], "does not exist"), (good + ["--teacher-logits", "pickled.npy"], "pickled.npy"),
-             (good + ["--teacher-logits", "flat.npy"], "equally confident"), ([], "--teacher-logits"), (good + ["--teacher", "x", "--student", "y"], "either"),
+             (good + ["--teacher-logits", "flat.npy"], "equally confident"), ([], "--teacher-logits"), (good + ["--control", "x"], "either"),
+             (good + ["--student-logits", "giant.npy"], "no logits"), (["--teacher", teacher, "--student", teacher], "different runs"), (good + ["--teacher", "x", "--student", "y"], "either"),
              (["--teacher", teacher, "--student", "absent"], "not a run folder"), (["--teacher", teacher, "--student", "torn run"], "not a readable .npz"),
-             (["--teacher", teacher, "--student", "unfinished"], "not finished"), (["--teacher", teacher, teacher, "--student", teacher], "paired"),
+             (["--teacher", teacher, "--student", "unfinished"], "not finished"), (["--teacher", teacher, teacher, "--student", runs / "runs" / "kd-s0"], "paired"),
              (good + ["--bootstrap", "1"], "--bootstrap"), (good + ["--out", "/proc/figure"], "/proc/figure")]
     with ThreadPoolExecutor(2) as pool:
         for (_, *words), process in zip(cases, pool.map(lambda case: run_cli("analyze_deviation.py", "--out", "never", *case[0], cwd=tmp_path), cases)):
@@ -824,6 +887,13 @@ def test_a_branch_equals_the_same_run_from_scratch_also_across_a_resume(window, 
     for name in ["kd", "onehot"] + [branch + suffix for branch in BRANCHES]:
         for way in ("scratch", "resumed"):
             assert same_run(tmp_path / f"branched-{name}-s0", tmp_path / f"{way}-{name}-s0"), (name, way)
+    if not window:   # a torn state is passed over, and the branch is trained from further back
+        for file in tmp_path.glob("branched-*/snapshot-8.pt"):
+            file.write_bytes(file.read_bytes()[:200])
+        for branch in BRANCHES:
+            (tmp_path / f"branched-{branch}-s0").rename(tmp_path / f"kept-{branch}")
+        assert "is damaged and not used" in ok(run_cli("switch_distill.py", *flags, "--out", "branched", "--results", "r1", cwd=tmp_path))
+        assert all(same_run(tmp_path / f"branched-{branch}-s0", tmp_path / f"kept-{branch}") for branch in BRANCHES)
     finals = [weights_and_metrics(tmp_path / f"branched-{name}-s0")[0]["fc.weight"] for name in ["kd", "onehot"] + [b + suffix for b in BRANCHES]]
     assert all(not torch.equal(a, b) for k, a in enumerate(finals) for b in finals[:k])
     kinds = [line["kd_weight"] for line in weights_and_metrics(tmp_path / f"branched-onehot2kd-0.5{suffix}-s0")[1]]
@@ -884,7 +954,7 @@ def test_switch_claims_follow_the_recovered_share(onehot2kd, kd2onehot, kd, verd
 
 
 def test_bad_switches_get_one_line(runs, tmp_path):
-    cases = [(["--kd-weight", 0], "--kd-weight 0"), (["--teacher", "x", "--teacher-epochs", 1], "--teacher-epochs"), (["--teacher-epochs", 9], "beyond --epochs 2"),
+    cases = [(["--kd-weight", 0], "--kd-weight 0"), (["--teacher", "x", "--teacher-epochs", 1], "--teacher-epochs"), (["--teacher-epochs", 9], "beyond --epochs 2"), (["--teacher-epochs", 1, "--stop-epoch", 1], "--stop-epoch"), (["--out", "q{seed}"], "prefix"),
              (["--switch-at", 1.5], "--switch-at", "[0, 1]"), (["--direction", "sideways"], "--direction", "kd2onehot"), (["--window", -1], "--window"),
              (["--teacher", "absent"], "not a run folder"), (["--results", "/proc/r"], "/proc/r")]
     for extra, *words in cases:

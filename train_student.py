@@ -10,6 +10,8 @@ Expected: digits with 30% label noise, ResNet-8, `--recipe quick`: 93.8% ± 1.5 
 control (95% intervals over 5 seeds). CIFAR-100, ResNet-56 self-distillation, `--recipe short`: 73.5% against 71.8% for
 the control (one seed, one H100).
 """
+import argparse
+
 import torch.nn.functional as F
 
 import common
@@ -29,6 +31,8 @@ def train_student(run, args, seed, data, teacher, weights_at=None, snapshots=(),
     teacher: a model in eval mode, or None for a one-hot student. weights_at(step) -> (ce_weight, kd_weight), by
     default the two flags throughout. facts go into config.json and are compared. The rest as in `common.train`.
     """
+    if teacher is None:   # no distillation term: one control serves all temperatures
+        args = argparse.Namespace(**dict(vars(args), temperature=None))
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     teacher_sha256 = common.weights_hash(teacher) if teacher else None
     if not common.start_run(run, args, "student", seed, data, model, teacher_sha256=teacher_sha256, **facts):
@@ -57,12 +61,15 @@ def main(argv=None):
     _, total = common.total_steps(args, data)
     snapshots = {round(share * total) for share in args.snapshot_at}
 
-    for seed in args.seeds:
-        # A one-hot student depends on no teacher, so one control serves the students of any teacher.
-        teacher = common.load_teacher(args.teacher.replace("{seed}", str(seed)), data) if args.kd_weight else None
-        what = "onehot" if not args.kd_weight else "kd" if not args.ce_weight else "kd+ce"
-        run = common.run_folder(args, seed, f"{common.default_name(args)}-{what}")
-        train_student(run, common.only_flags(args, common.add_flags, add_student_flags), seed, data, teacher, snapshots=snapshots)
+    what = "onehot" if not args.kd_weight else "kd" if not args.ce_weight else "kd+ce"
+    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-{what}") for seed in args.seeds}
+    # A one-hot student depends on no teacher, so one control serves the students of any teacher.
+    names = {seed: args.teacher.replace("{seed}", str(seed)) if args.kd_weight else None for seed in args.seeds}
+    teachers = {name: common.load_teacher(name, data) if name else None for name in set(names.values())}
+    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    common.discard_runs(args, runs.values())
+    for seed, run in runs.items():
+        train_student(run, common.only_flags(args, common.add_flags, add_student_flags), seed, data, teachers[names[seed]], snapshots=snapshots)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,11 @@ def main(argv=None):
     common.add_flags(parser)
     args = common.resolve(parser.parse_args(argv))
     data = common.data_from(args)
-    for seed in args.seeds:
-        train_teacher(common.run_folder(args, seed, f"{common.default_name(args)}-teacher"), args, seed, data)
+    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-teacher") for seed in args.seeds}
+    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    common.discard_runs(args, runs.values())
+    for seed, run in runs.items():
+        train_teacher(run, args, seed, data)
 
 
 if __name__ == "__main__":
