@@ -530,8 +530,8 @@ def number(kind, low=None, high=None, open_high=False, open_low=False):
     return parse
 
 
-def add_flags(parser):
-    """The flags that every training script has: data, model, recipe, run."""
+def add_flags(parser, out="run folder; -s<seed> is appended when there are several seeds (default: runs/<what>-s<seed>)"):
+    """The flags that every training script has: data, model, recipe, run. `out` says what --out means there."""
     add = parser.add_argument
     add("--data", default="digits", help="digits, cifar10, cifar100, tiny-imagenet, npz:PATH or folder:PATH")
     add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
@@ -553,7 +553,7 @@ def add_flags(parser):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="one run for each seed")
-    add("--out", help="run folder; -s<seed> is appended when there are several seeds (default: runs/<what>-s<seed>)")
+    add("--out", help=out)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
     add("--eval-every", type=number(int, 1), default=1, help="epochs between test evaluations")
     add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
