@@ -35,8 +35,8 @@ Expected on digits, five seeds: "KD gradients are less noisy" is mixed: log rati
 parameters and 1.6 [0.9, 2.4] along own runs, short steps gain 0.11 [0.03, 0.19], but real steps 0.09 [-0.06, 0.23]. "Mostly on
 hard points" is unclear: very nearly half of the reduction. "Not softness alone" is mixed: smoothing reaches KD's noise scale at
 shared parameters (log ratio 0.02 [-0.28, 0.33]) but not its decrease. On points with flipped labels a one-hot batch has a cosine
-of -0.01 with the held-out gradient, a smoothed one 0.03, a KD batch 0.39. Time: 30 to 40 s of
-one busy core a seed for the measuring, half of it with --points 512, beside 25 s to train its runs.
+of -0.01 with the held-out gradient, a smoothed one 0.03, a KD batch 0.39. Time: 30 to 40 s of one busy core a seed for the
+measuring, half of it with --points 512, beside 25 s to train its runs.
 """
 import argparse
 import math
@@ -182,15 +182,16 @@ def measure(model, names, images, held_out, clean, losses, groups, rows, step_si
     """Statistics of each loss at the model's parameters: {loss: {statistic: float}, with "deviation" an array [N]}.
 
     images [N, ...] of the points; held_out, clean: (images, targets) of the held-out images, and of all training images with
-    clean labels; losses {name: (targets [N, C], temperature)}; rows from `batch_weights`, for batches of step_size among others. moves=False leaves out "decrease",
-    which takes a forward pass over the held-out images for each batch.
+    clean labels; losses {name: (targets [N, C], temperature)}; rows from `batch_weights`, for batches of step_size among others.
+    moves=False leaves out "decrease", which takes a forward pass over the held-out images for each batch.
     """
     references = [mean_gradient(model, names, *clean, 1.0), mean_gradient(model, names, *held_out, 1.0)]
     clean_norm, held_norm = (float(reference.norm()) for reference in references)
     weights = torch.cat(list(rows.values())).to(images.device)
     n, labels, out = len(images), held_out[1].argmax(1), {}
     start = moved_loss(model, names, torch.zeros_like(references[0]), held_out[0], labels)
-    length, best = best_step(lambda size: start - moved_loss(model, names, -size / max(held_norm, 1e-30) * references[1], held_out[0], labels), held_norm, start)
+    downhill = -references[1] / max(held_norm, 1e-30)
+    length, best = best_step(lambda size: start - moved_loss(model, names, size * downhill, held_out[0], labels), held_norm, start)
     for name, (targets, temperature) in losses.items():
         mean, squares, inner, batches = stream(model, names, images, targets, temperature, weights)
         square_of_mean = float(mean @ mean)
@@ -376,10 +377,14 @@ def shared_checkpoints(table):
     return [key for key in table if key[0] != "smooth" and key != ("kd", 0)]
 
 
+def log_ratio(a, b):
+    """log of the ratio of two noise scales, from the statistics of two losses."""
+    return math.log(max(a["noise_scale"], 1e-12) / max(b["noise_scale"], 1e-12))
+
+
 def compare(seed, other):
     """The three comparisons of kd with the loss `other` in one seed; each is positive when kd is the less noisy."""
     table = seed["table"]
-    log_ratio = lambda a, b: math.log(max(a["noise_scale"], 1e-12) / max(b["noise_scale"], 1e-12))
     return dict(i=np.mean([log_ratio(table[key][other], table[key]["kd"]) for key in shared_checkpoints(table)]),
                 ii=np.mean([log_ratio(table[other, p][other], table["kd", p]["kd"]) for what, p in table if what == "kd" and p]),
                 iii=np.mean([table[key]["kd"]["first_order"] - table[key][other]["first_order"] for key in shared_checkpoints(table)]),
@@ -404,7 +409,8 @@ def compare_hardest(seed):
     gain = lambda key, group: table[key]["kd"][f"cos_held_out {group}"] - table[key]["onehot"][f"cos_held_out {group}"]
     gains = [np.mean([gain(key, group) for key in shared_checkpoints(table)]) / 4 for group in QUARTERS]
     return dict(i=hardest_minus_rest(shared_reduction(seed)),
-                ii=hardest_minus_rest(np.mean([reductions(table["onehot", p]["onehot"], table["kd", p]["kd"]) for what, p in table if what == "kd" and p], 0)),
+                ii=hardest_minus_rest(np.mean([reductions(table["onehot", p]["onehot"], table["kd", p]["kd"])
+                                               for what, p in table if what == "kd" and p], 0)),
                 iii=gains[0] - abs(sum(gains[1:])))
 
 
@@ -433,15 +439,15 @@ def denoise_claims(seeds):
     """Claims rows: three comparisons and their verdict for each claim, and the link to the student–teacher gap."""
     measures = {
         "KD gradients are less noisy than one-hot gradients": ([compare(seed, "onehot") for seed in seeds], (
-            "log ratio of noise scales, one-hot / KD", "log ratio of noise scales, one-hot / KD", *["decrease, share of steepest descent, KD minus one-hot"] * 2)),
+            *["log ratio of noise scales, one-hot / KD"] * 2, *["decrease, share of steepest descent, KD minus one-hot"] * 2)),
         "most of the reduction is on hard points": ([compare_hardest(seed) for seed in seeds], (
-            "part on the hardest quarter minus |part elsewhere|", "part on the hardest quarter minus |part elsewhere|",
-            "gain in first-order decrease of batches of the hardest quarter, minus |gain of the others|, weighted by points")),
+            *["part on the hardest quarter minus the size of the rest"] * 2,
+            "gain in first-order decrease of batches of the hardest quarter, minus the size of the others', weighted by points")),
         "the reduction is not explained by softness alone": ([compare(seed, "smooth") for seed in seeds], (
-            "log ratio of noise scales, smoothed / KD", "log ratio of noise scales, smoothed / KD", *["decrease, share of steepest descent, KD minus smoothed"] * 2)),
+            *["log ratio of noise scales, smoothed / KD"] * 2, *["decrease, share of steepest descent, KD minus smoothed"] * 2)),
     }
-    where = {"i": "shared parameters", "ii": "own runs at the same progress", "iii": "decrease of the clean held-out loss at shared parameters, short steps",
-             "iii, real steps": "the same with real steps"}
+    where = {"i": "shared parameters", "ii": "own runs at the same progress",
+             "iii": "decrease of the clean held-out loss at shared parameters, short steps", "iii, real steps": "the same with real steps"}
     rows = []
     for text, (values, notes) in measures.items():
         parts = [common.claim(f"{text}: ({key}) {where[key]}", "> 0", *common.mean_interval([value[key] for value in values]), 0, note=note)
@@ -476,7 +482,8 @@ def over_seeds(values):
 
 def averaged(seeds, loss, statistic, keys=None):
     """(mean, low, high) over seeds of a statistic's mean over the shared checkpoints, or over `keys`."""
-    return common.mean_interval([np.mean([seed["table"][key][loss][statistic] for key in keys or shared_checkpoints(seed["table"])]) for seed in seeds])
+    return common.mean_interval([np.mean([seed["table"][key][loss][statistic] for key in keys or shared_checkpoints(seed["table"])])
+                                 for seed in seeds])
 
 
 def noise_markdown(seeds):
@@ -512,7 +519,8 @@ def plot(seeds, args, folder):
     for axis, (title, run_of) in zip(axes[0], (("at the one-hot run's parameters", lambda loss: "onehot"),
                                                ("at the KD run's parameters", lambda loss: "kd"), ("each loss along its own run", lambda loss: loss))):
         for loss in LOSSES:
-            logs = [common.mean_interval([math.log(max(seed["table"][run_of(loss), p][loss]["noise_scale"], 1e-12)) for seed in seeds]) for p in percents]
+            logs = [common.mean_interval([math.log(max(seed["table"][run_of(loss), p][loss]["noise_scale"], 1e-12)) for seed in seeds])
+                    for p in percents]
             band(axis, percents, np.exp(logs), loss)
         axis.set(yscale="log", xlabel="share of training steps, %", ylabel="noise scale tr(Σ)/‖G‖²", title=f"Noise scale {title}")
     for axis, (statistic, name) in zip(axes[1], (("cos_clean", "clean training labels"), ("cos_held_out", "held-out images"))):
@@ -536,13 +544,15 @@ def plot(seeds, args, folder):
                                         for seed in seeds]) for group in groups]
         value, low, high = np.array(values).T
         error = np.where(np.isfinite(low), value - low, 0)
-        axes[2, 0].bar(np.arange(len(groups)) + 0.27 * (k - 1), value, 0.25, yerr=error, color=colours[loss], label=labels[loss], capsize=2 * (len(seeds) > 1))
-    axes[2, 0].set(xticks=range(len(groups)), ylabel="noise relative to one-hot over all points", title="Noise by teacher hardness and label, shared parameters")
+        axes[2, 0].bar(np.arange(len(groups)) + 0.27 * (k - 1), value, 0.25, yerr=error, color=colours[loss],
+                       label=labels[loss], capsize=2 * (len(seeds) > 1))
+    axes[2, 0].set(xticks=range(len(groups)), ylabel="noise relative to one-hot over all points",
+                   title="Noise by teacher hardness and label, shared parameters")
     axes[2, 0].set_xticklabels([group.replace(" ", "\n") for group in groups], fontsize=8)
 
     at = [key for key in (("onehot", args.variants_at), ("kd", args.variants_at)) if key in table]
     names = [loss for loss in table[at[0]]]
-    ratio = lambda seed, loss: np.mean([math.log(max(seed["table"][key]["onehot"]["noise_scale"], 1e-12) / max(seed["table"][key][loss]["noise_scale"], 1e-12)) for key in at])
+    ratio = lambda seed, loss: np.mean([log_ratio(seed["table"][key]["onehot"], seed["table"][key][loss]) for key in at])
     value, low, high = np.array([common.mean_interval([ratio(seed, loss) for seed in seeds]) for loss in names]).T
     axes[2, 1].barh(range(len(names)), value, xerr=np.where(np.isfinite(low), value - low, 0), capsize=2 * (len(seeds) > 1),
                     color=["tab:red" if name == "onehot" else "tab:grey" if name.startswith("smooth") else "tab:blue" for name in names])
@@ -599,7 +609,8 @@ def main(argv=None):
     if args.teacher_epochs is None:
         args.teacher_epochs = sorted({max(1, round(args.epochs * share)) for share in (0.04, 0.25)} - {args.epochs})
     if args.variants_at not in (0, 100, *args.percents):
-        raise common.InputError(f"--variants-at {args.variants_at:g} is not measured: use 0, 100 or one of --percents {' '.join(f'{p:g}' for p in args.percents)}")
+        raise common.InputError(f"--variants-at {args.variants_at:g} is not measured: use 0, 100 or one of --percents "
+                                f"{' '.join(f'{p:g}' for p in args.percents)}")
     if 0 < args.points < 8:
         raise common.InputError(f"--points {args.points} is too few for quarters: use 8 or more, or 0 for all")
     data = common.data_from(args)
@@ -610,7 +621,8 @@ def main(argv=None):
     accuracy = {name: over_seeds([seed["accuracy"][name] for seed in seeds]) for name in seeds[0]["accuracy"]}
     links = {key: over_seeds([link(seed)[key] for seed in seeds]) for key in ("plain", "given_x")}
     common.write_json(Path(args.out) / "denoise.json", dict(
-        seeds=args.seeds, gradients=approximation(seeds[0]), accuracy=accuracy, smoothing=[seed["smoothing"] for seed in seeds], link=links, tables=tables_of(seeds)))
+        seeds=args.seeds, gradients=approximation(seeds[0]), accuracy=accuracy,
+        smoothing=[seed["smoothing"] for seed in seeds], link=links, tables=tables_of(seeds)))
     common.save_claims(args.out, denoise_claims(seeds))
     plot(seeds, args, args.out)
 
