@@ -20,9 +20,9 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test fig1a fig1b fig-eigenspace clean
+.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise clean
 
-reproduce: fig1b fig1a fig-eigenspace
+reproduce: fig1b fig1a fig-eigenspace fig-denoise
 	@$(PY) -c 'import common; common.show_results("results")'
 
 fig1a: .venv/ready
@@ -32,12 +32,17 @@ fig1a: .venv/ready
 	$(PY) analyze_deviation.py --teacher $(call RUNS,teacher) --student $(call RUNS,kd) --control $(call RUNS,onehot) \
 	  --title "$(NAME), $(words $(SEEDS)) seed(s)" --out "results/$(NAME)/fig1a"
 
-# Before fig1a in `reproduce`: its trunks are fig1a's runs, and it keeps their states on the way.
+# Before the others in `reproduce`: its trunks are their runs too, and it keeps the states on the way that they need.
 fig1b: .venv/ready
-	$(PY) switch_distill.py $(COMMON) --quiet --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+	$(PY) switch_distill.py $(COMMON) --quiet --snapshot-at 0.05 --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
 
 fig-eigenspace: .venv/ready
 	$(PY) eigenspace.py --data "$(DATA)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"
+
+# A third of the points, for time: `python denoise_gradients.py` takes all.
+fig-denoise: fig1b
+	$(PY) denoise_gradients.py $(COMMON) --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
+	  --kd "runs/$(NAME)-kd-s{seed}" --out "results/$(NAME)/denoise"
 
 test: .venv/ready
 	$(PY) -m pytest -q test_smoke.py

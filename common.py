@@ -647,7 +647,7 @@ def data_from(args):
 # ---------------------------------------------------------------- run folders
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them.
-NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher")
+NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher", "snapshot_at")
 
 
 def run_folder(args, seed, default):

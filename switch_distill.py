@@ -73,8 +73,9 @@ def train_seed(base, args, options, seed, data, teacher, steps):
         train_student(run, argparse.Namespace(**dict(vars(args), ce_weight=ce_weight, kd_weight=kd_weight)), seed, data, **more)
 
     # The same runs as train_student.py makes, so a one-hot run knows no teacher.
-    train(trunks["onehot"], "onehot", teacher=None, snapshots=set(steps.values()))
-    train(trunks["kd"], "kd", teacher=teacher, snapshots=set(steps.values()))
+    kept = set(steps.values()) | {round(share * total) for share in args.snapshot_at}
+    train(trunks["onehot"], "onehot", teacher=None, snapshots=kept)
+    train(trunks["kd"], "kd", teacher=teacher, snapshots=kept)
     for direction in options.direction:
         before, after = SWITCHES[direction]
         for s, step in steps.items():

@@ -23,6 +23,7 @@ def add_student_flags(parser):
     parser.add_argument("--kd-weight", type=common.number(float, 0), default=1.0, help="weight of the distillation term")
     parser.add_argument("--ce-weight", type=common.number(float, 0), default=0.0, help="weight of the one-hot term")
     parser.add_argument("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens both teacher and student in the distillation term")
+    parser.add_argument("--snapshot-at", type=common.number(float, 0, 1), nargs="*", default=[], help="shares of training at which to keep the state, for switch_distill.py and denoise_gradients.py")
 
 
 def train_student(run, args, seed, data, teacher, weights_at=None, snapshots=(), start_from=None, **facts):
@@ -51,7 +52,6 @@ def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser)
     add_student_flags(parser)
-    parser.add_argument("--snapshot-at", type=common.number(float, 0, 1), nargs="*", default=[], help="shares of training at which to keep the state, for switch_distill.py")
     args = common.resolve(parser.parse_args(argv))
     if not args.kd_weight and not args.ce_weight:
         raise common.InputError("--kd-weight and --ce-weight are both 0, so there is no loss: give one of them")
