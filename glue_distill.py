@@ -90,8 +90,7 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     """
     data_dir = Path(data_dir)
     if name == "sentiment":
-        splits, classes = sentiment(3000, "train", data_seed), 2
-        splits = dict(train=splits, test=sentiment(4000, "test", data_seed))
+        classes, splits = 2, dict(train=sentiment(3000, "train", data_seed), test=sentiment(2000, "test", data_seed))
     elif name in GLUE:
         splits, classes = glue(name, data_dir), len(GLUE[name][3])
     elif name in HUB:
@@ -143,7 +142,7 @@ def read_tsv(path, name):
     _, columns, label, classes = GLUE[name]
     try:
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
-        rows = [line.rstrip("\r").split("\t") for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
+        rows = [line.rstrip("\r").split("\t") for line in Path(path).read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise common.InputError(f"{path} cannot be read as UTF-8 text ({error}): put GLUE's original file there") from None
     start = 0 if name == "cola" else 1
@@ -213,6 +212,8 @@ def read_csv(path):
 def hub_splits(repository, config, columns, parts, instead):
     """Splits through Hugging Face `datasets`; `instead` says which files serve without a network."""
     import datasets
+    import huggingface_hub
+    huggingface_hub.utils.logging.set_verbosity_error()   # it announces every retry
     try:
         loaded = {key: datasets.load_dataset(repository, config, split=part) for key, part in parts.items()}
     except Exception as error:   # connection, offline mode, cache: whatever went wrong, the fix is the same
@@ -362,6 +363,15 @@ class Model:
     def scratch(self):
         return size_of(self.name) is not None
 
+    @property
+    def epochs(self):
+        return 6 if self.scratch else 3
+
+    @property
+    def lr(self):
+        # From scratch 2e-3 for tiny, and inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
+        return min(2e-3, 0.128 / self.config.hidden_size) if self.scratch else 2e-5
+
 
 def prepare(name, data, args):
     """The `Model` of a size, hub id or local folder for this task; InputError when they do not fit each other."""
@@ -415,7 +425,7 @@ def build_classifier(model, key, pretrained=None):
         torch.manual_seed(common.stream_seed("init", *key))
         if not model.scratch:
             try:
-                return AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config, torch_dtype=torch.float32).float().train()
+                return AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config).float().train()
             except Exception as error:   # missing weights, shapes that do not fit, no classifier of this type
                 raise common.InputError(f"model {model.name} cannot be loaded as a classifier ({' '.join(str(error).split())[:160]}): check its files") from None
         network = RobertaForSequenceClassification(model.config)
@@ -520,7 +530,7 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
                 common.write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
                 if not args.quiet:
                     bar.write("  ".join([f"epoch {epoch + 1:3d}/{epochs}", f"train {line['train_loss']:.3f}", f"{line['seconds']:.1f} s"]
-                                        + [f"{name} {value:.4g}" for name, value in line.items() if name.startswith(("test_", "masked_"))]))
+                                        + [f"{name} {value:.4g}" for name, value in line.items() if name.startswith("test_")]))
             if stop or step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
             if stop:
@@ -562,11 +572,26 @@ def run_flags(args, arch, **more):
     return argparse.Namespace(arch=arch, **{name: getattr(args, name) for name in names}, **more)
 
 
+def mask_tokens(ids, special, mask_id, vocabulary, *key):
+    """(corrupted ids, which of them to predict) of ids [B, L]: 15% of the tokens that are not `special`; of these 80%
+    become mask_id, 10% a random token and 10% stay (Devlin et al. 2019, §3.1). Drawn from the key alone."""
+    random = common.generator("mask", *key)
+    draw, fate = torch.rand(2, *ids.shape, generator=random)
+    words = torch.randint(vocabulary, ids.shape, generator=random)
+    chosen = (draw < 0.15) & ~torch.isin(ids, special)
+    return torch.where(chosen & (fate < 0.8), mask_id, torch.where(chosen & (fate >= 0.9), words, ids)), chosen
+
+
+def masked_loss(encoder, head, inputs, chosen, targets):
+    """Mean cross-entropy of the chosen tokens [B, L]. The head sees these alone: a seventh of the library's own work."""
+    logits = head(encoder(**inputs).last_hidden_state[chosen])
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+
+
 def pretrain(run, model, args, seed, data):
     """Masked-language modelling of the training sentences (or --mlm-text); returns the weights, or None without it.
 
-    15% of the tokens are predicted, of which 80% are masked, 10% random and 10% left (Devlin et al. 2019), drawn afresh
-    in every step (dynamic masking, Liu et al. 2019).
+    The masks are drawn afresh in every step (dynamic masking, Liu et al. 2019, §4.1).
     """
     if not model.scratch or not args.mlm_epochs:
         return None
@@ -574,7 +599,7 @@ def pretrain(run, model, args, seed, data):
     sentences = data.splits["train"].first + (data.splits["train"].second or [])
     if args.mlm_text:
         try:
-            sentences = [line for line in Path(args.mlm_text).read_text(encoding="utf-8").split("\n") if line.strip()]
+            sentences = [line for line in Path(args.mlm_text).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise common.InputError(f"--mlm-text {args.mlm_text} cannot be read as UTF-8 text ({error}): give a file with one sentence per line") from None
         if not sentences:
@@ -584,31 +609,23 @@ def pretrain(run, model, args, seed, data):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
         network = RobertaForMaskedLM(model.config)
     texts_sha256 = hashlib.sha256(tokens.ids.cpu().numpy().tobytes()).hexdigest()
-    common.start_run(run, run_flags(args, model.name, epochs=args.mlm_epochs, lr=args.mlm_lr), "mlm", seed, data, network, texts_sha256=texts_sha256, **model.facts)
+    lr = args.mlm_lr or model.lr
+    common.start_run(run, run_flags(args, model.name, epochs=args.mlm_epochs, lr=lr), "mlm", seed, data, network, texts_sha256=texts_sha256, **model.facts)
+    encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
-    last = {}
 
     def loss_at(step, index, forward):
         inputs = tokens.batch(index)
         ids = inputs["input_ids"].cpu()
-        draw, replace = torch.rand(2, *ids.shape, generator=common.generator("mask", seed, step))
-        chosen = (draw < 0.15) & ~torch.isin(ids, special)
-        if not chosen.any():   # a batch of one-token texts
-            chosen = torch.isin(ids, special) & (torch.arange(ids.shape[1]) == 0)
-        random = torch.randint(len(model.tokenizer), ids.shape, generator=common.generator("mask words", seed, step))
-        masked = torch.where(replace < 0.8, torch.full_like(ids, model.tokenizer.mask_token_id), torch.where(replace < 0.9, random, ids))
-        inputs["input_ids"] = torch.where(chosen, masked, ids).to(args.device)
-        where = chosen.to(args.device)
+        corrupted, chosen = mask_tokens(ids, special, model.tokenizer.mask_token_id, len(model.tokenizer), seed, step)
+        inputs["input_ids"] = corrupted.to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-            # The vocabulary's logits at the predicted tokens alone: a seventh of the work of the library's own loss.
-            logits = network.lm_head(encoder(**inputs).last_hidden_state[where])
-        loss = F.cross_entropy(logits.float(), ids[chosen].to(args.device))
-        last["masked_loss"] = loss.detach()
-        return loss, None, {}
+            return masked_loss(encoder, network.lm_head, inputs, chosen.to(args.device), ids[chosen].to(args.device)), None, {}
 
-    encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
-    history = fit(run, network, tokens, args, ("mlm", seed), args.mlm_epochs, args.mlm_lr, loss_at, lambda: dict(masked_loss=last["masked_loss"].item()))
-    print(f"{run}: masked-token loss {history[0]['train_loss']:.2f} after the first epoch, {history[-1]['train_loss']:.2f} after the last")
+    finished = (run / "checkpoint.pt").exists() and (run / "metrics.jsonl").exists() and common.last_metrics(run)["epoch"] == args.mlm_epochs
+    history = fit(run, network, tokens, args, ("mlm", seed), args.mlm_epochs, lr, loss_at, dict)
+    if not finished:
+        print(f"{run}: masked-token loss {history[0]['train_loss']:.2f} in the first epoch, {history[-1]['train_loss']:.2f} in the last")
     return network.state_dict()
 
 
@@ -619,7 +636,7 @@ def train_classifier(run, model, args, role, seed, data, pretrained, teacher=Non
     kd_weight); switch: (direction, step of the switch) replaces them by those of `switch_distill.switched_weights`.
     """
     network = build_classifier(model, (role, seed), pretrained)
-    epochs, lr = (args.epochs or (8 if model.scratch else 3)), (args.lr or (1e-3 if model.scratch else 2e-5))
+    epochs, lr = args.epochs or model.epochs, args.lr or model.lr
     ends = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
     facts = dict(model.facts, initial_sha256=common.weights_hash(network), teacher_sha256=teacher[1] if teacher else None)
     weights_at = lambda step: weights
@@ -709,13 +726,29 @@ def metrics_markdown(rows):
     return text
 
 
+def deviations_markdown(tables):
+    """Slope and low quarter of each student beside its control as Markdown. tables: {student: tables of deviation.json}."""
+    text = "| student | split | slope | control's | low quarter below y = x | control's | low gap minus control's |\n" + "|---" * 7 + "|\n"
+    for student, splits in tables.items():
+        for split, table in splits.items():
+            of = table["predicted"]
+            cells = [of[network][key] for key in ("slope", "low_below") for network in ("student", "control")] + [of["student-control"]["low_gap"]]
+            text += f"| {student} | {split} | " + " | ".join(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells) + " |\n"
+    return text
+
+
 def glue_claims(rows, data):
-    """Claims about the task itself: for the embedded one, the teacher against the Bayes accuracy."""
-    if "bayes_accuracy" not in data.facts:
-        return []
-    value, low, high = common.mean_interval([acc / data.facts["bayes_accuracy"] for acc in rows[0]["test_acc"]])
-    return [common.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", value, low, high, 0.9,
-                         note=f"Bayes accuracy {100 * data.facts['bayes_accuracy']:.2f}% on the test texts")]
+    """Claims in the task's own metric, where that is not accuracy, and for the embedded task against the Bayes accuracy."""
+    claims, by_name = [], {row["network"]: row for row in rows}
+    if "bayes_accuracy" in data.facts:
+        value, low, high = common.mean_interval([acc / data.facts["bayes_accuracy"] for acc in by_name["teacher"]["test_acc"]])
+        claims.append(common.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", value, low, high, 0.9,
+                                   note=f"Bayes accuracy {100 * data.facts['bayes_accuracy']:.2f}% on the test texts"))
+    metric = METRICS.get(data.facts["name"], ("acc",))[-1]
+    for name in [name for name in by_name if name.endswith(" kd") and metric != "acc" and f"{name[:-3]} onehot" in by_name]:
+        gain = np.subtract(by_name[name][f"test_{metric}"], by_name[f"{name[:-3]} onehot"][f"test_{metric}"])
+        claims.append(common.claim(f"{name}: KD has the higher {metric.upper()} on the dev set", "> 0", *common.mean_interval(gain), 0, note="KD minus one-hot"))
+    return claims
 
 
 def resolve(args):
@@ -731,8 +764,6 @@ def resolve(args):
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
-    if args.mlm_epochs is None:
-        args.mlm_epochs = 12
     return args
 
 
@@ -755,12 +786,12 @@ def main(argv=None):
     add("--tokenizer", help="folder with vocab.json and merges.txt for models from scratch (default: a byte-level BPE of the training texts)")
     add("--vocab-size", type=number(int, 300), default=8000, help="largest vocabulary of that BPE")
     add("--max-length", type=number(int, 8), default=128, help="texts are truncated to that many tokens")
-    add("--mlm-epochs", type=number(int, 0), help="epochs of masked-language modelling before a model from scratch (default: 12)")
+    add("--mlm-epochs", type=number(int, 0), default=10, help="epochs of masked-language modelling before a model from scratch")
     add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
-    add("--mlm-lr", type=number(float, 0, open_low=True), default=2e-3, help="its peak learning rate")
-    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 8 from scratch, 3 for a pretrained model)")
+    add("--mlm-lr", type=number(float, 0, open_low=True), help="its peak learning rate (default: that of the classifier)")
+    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, 3 for a pretrained model)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate of AdamW (default: 1e-3 from scratch, 2e-5 for a pretrained model)")
+    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate of AdamW (default: 0.128/hidden units, at most 2e-3, from scratch; 2e-5 for a pretrained model)")
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share of training with linear warm-up; then linear decay to 0")
     add("--weight-decay", type=number(float, 0), default=0.1, help="decoupled weight decay of the matrices")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
@@ -771,7 +802,7 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--bootstrap", type=number(int, 100), default=2000, help="bootstrap draws behind each interval")
+    add("--bootstrap", type=number(int, 100), default=1000, help="bootstrap draws behind each interval")
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     args = resolve(parser.parse_args(argv))
     import transformers
@@ -800,8 +831,7 @@ def main(argv=None):
             train("teacher", Path(f"{base}-{label(args.teacher)}-teacher-s{seed}"), args.teacher, "teacher")
         teacher = teacher_logits(named["teacher"][-1], data)
         for student in args.student:
-            epochs = args.epochs or (8 if models[student].scratch else 3)
-            steps = {s: round(s * total * epochs) for s in args.switch_at}
+            steps = {s: round(s * total * (args.epochs or models[student].epochs)) for s in args.switch_at}
             kept = set(steps.values()) if set(args.mode) & set(switch_distill.SWITCHES) else set()
             pair = f"{base}-{label(args.teacher_run or args.teacher)}-{label(student)}".replace("{seed}", "")
             trunks = {}
@@ -817,26 +847,31 @@ def main(argv=None):
                           switch=(direction, step), start_from=state if state.exists() else None)
 
     results.mkdir(parents=True, exist_ok=True)
-    rows = metric_rows(named, data)
+    rows, tables = metric_rows(named, data), {}
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
-            report(results / label(student), student, named, args, f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)")
+            tables[student] = report(results / label(student), student, named, args, f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)")
+    text = metrics_markdown(rows) + (f"\n{deviations_markdown(tables)}" if tables else "")
     common.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
-    common.write_text(results / "glue.md", metrics_markdown(rows))
-    print(metrics_markdown(rows))
+    common.write_text(results / "glue.md", text)
+    print(text)
     claims = glue_claims(rows, data)
     if claims:
         common.save_claims(results, claims)
 
 
 def report(folder, student, named, args, title):
-    """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with their claims, into `folder`."""
+    """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with their claims, into `folder`.
+
+    Returns the tables of deviation.json.
+    """
     onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
     analyze_deviation.main(["--teacher", *map(str, teachers), "--student", *map(str, kd), "--control", *map(str, onehot),
                             "--bootstrap", str(args.bootstrap), "--title", title, "--out", str(folder)])
+    tables = common.read_json(folder / "deviation.json")["tables"]
     directions = [mode for mode in args.mode if mode in switch_distill.SWITCHES]
     if not directions:
-        return
+        return tables
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -856,6 +891,7 @@ def report(folder, student, named, args, title):
     common.save_claims(folder / "switch", switch_distill.switch_claims(rows))
     switch_distill.plot_switches(plt, rows, folder / "switch", title)
     switch_distill.plot_curves(plt, folders, trunks, args.seeds, folder / "switch", title)
+    return tables
 
 
 if __name__ == "__main__":
