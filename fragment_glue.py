@@ -1,5 +1,6 @@
 # ---------------------------------------------------------------- language
-# (imports to merge: `import glue_distill`, `import re`, `import shutil`, beside those of the file's top)
+# To merge at the top of test_smoke.py: `import re`, `import shutil`, `import glue_distill`, and the HF_HUB_OFFLINE line and
+# transformers imports below (before HERE), so that the fork server has them loaded.
 import json
 import os
 import re
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+os.environ["HF_HUB_OFFLINE"] = "1"   # before transformers is imported: without it every absent model is retried for half a minute
+
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, RobertaForMaskedLM, RobertaForSequenceClassification  # noqa: F401
 
 import common
 import glue_distill
@@ -58,7 +63,7 @@ def parsed_score(text):
 
 def test_embedded_reviews_have_the_documented_probabilities_and_labels_drawn_from_them():
     split = glue_distill.sentiment(4000, "train", 3)
-    plain = 1 / (1 + np.exp(-1.3 * np.array([parsed_score(text) for text in split.first])))
+    plain = 1 / (1 + np.exp(-2 * np.array([parsed_score(text) for text in split.first])))
     assert np.allclose(split.probability[:, 1], plain) and np.allclose(split.probability.sum(1), 1)
     for low in np.arange(0, 1, 0.2):   # calibrated within 4 standard errors
         inside = (plain >= low) & (plain < low + 0.2)
@@ -152,7 +157,6 @@ def small_model(data, name="1x16"):
 
 
 def test_logits_and_masked_loss_equal_the_librarys_plain_ones():
-    from transformers import RobertaForMaskedLM
     data = glue_distill.load_task("sentiment", subset=60)
     model = small_model(data)
     network = glue_distill.build_classifier(model, ("student", 0)).eval()
@@ -217,7 +221,6 @@ def test_text_runs_hold_what_was_trained_and_teach_from_their_stored_logits(text
 def test_teacher_and_student_share_pretrained_weights_but_no_head_order_or_result(texts):
     data = glue_distill.load_task("sentiment", subset=160)
     model = small_model(data)
-    from transformers import RobertaForMaskedLM
     pretrained = RobertaForMaskedLM(model.config).state_dict()
     teacher, student, again = (glue_distill.build_classifier(model, (role, 0), pretrained) for role in ("teacher", "student", "student"))
     parts = [dict(network.named_parameters()) for network in (teacher, student, again)]
@@ -259,9 +262,9 @@ def test_text_branches_equal_runs_from_scratch_and_a_teacher_run_serves_again(te
     assert before == hashes(texts / "runs" / "sentiment-1x16-teacher-s0") and not list(tmp_path.glob("alone-*teacher-s0"))
 
 
-@pytest.mark.parametrize("kind, at", [("crash", 8), ("crash", 14), ("SIGTERM", 3), ("SIGTERM", 7), ("SIGTERM", 27)])
+@pytest.mark.parametrize("kind, at", [("crash", 8), ("crash", 14), ("SIGTERM", 3), ("SIGTERM", 17)])
 def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, texts, tmp_path, monkeypatch):
-    """Steps 1-5 are pretraining, 6-15 the teacher's, 16-25 the control's, 26-35 the distilled student's."""
+    """Steps 1-5 are the pretraining's, 6-15 the teacher's, 16-25 the distilled student's."""
     monkeypatch.chdir(tmp_path)
     real, calls = torch.nn.utils.clip_grad_norm_, []
     def interrupt(*args):
@@ -272,16 +275,18 @@ def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, texts, tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
-    flags = ["--student", "1x16", "--mode", "onehot", "kd"]
+    flags = ["--student", "1x16", "--mode", "kd"]
     with pytest.raises(MemoryError if kind == "crash" else SystemExit) as stopped:
         language(*flags)
     assert kind == "crash" or stopped.value.code == 130
     language(*flags)
-    for name in ("1x16-mlm", "1x16-teacher", "1x16-onehot", "1x16-1x16-kd"):
+    for name in ("1x16-mlm", "1x16-teacher", "1x16-1x16-kd"):
         assert same_text_run(f"runs/sentiment-{name}-s0", texts / "runs" / f"sentiment-{name}-s0"), name
+    # A crash costs the steps since the last epoch's end, a signal none; finished runs are left alone.
+    assert len(calls) == 25 + ({8: 3, 14: 4}[at] if kind == "crash" else 0)
     done = {run: hashes(run) for run in Path("runs").iterdir()}
-    language(*flags)   # nothing is trained twice
-    assert done == {run: hashes(run) for run in Path("runs").iterdir()} and len(calls) == 35 + (kind == "crash") * {8: 3, 14: 4}.get(at, 0)
+    language(*flags)
+    assert done == {run: hashes(run) for run in Path("runs").iterdir()}
 
 
 def save_pretrained(folder, family, classes=None):
@@ -313,8 +318,10 @@ def save_pretrained(folder, family, classes=None):
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 def test_a_saved_pretrained_model_is_distilled(family, tmp_path):
     saved = save_pretrained(tmp_path / family, family)
-    write_glue(tmp_path, "rte")
-    data = glue_distill.load_task("rte", tmp_path)
+    pairs = glue_distill.sentiment(60, "test", 1)
+    (tmp_path / "pairs.csv").write_text("text,text2,label\n" + "".join(f'"{a}","{b}",{y}\n' for a, b, y in zip(pairs.first, pairs.first[1:] + pairs.first[:1], pairs.labels)))
+    task = f"csv:{tmp_path / 'pairs.csv'}"
+    data = glue_distill.load_task(task)
     model = small_model(data, str(tmp_path / family))
     networks = [glue_distill.build_classifier(model, (role, 0)) for role in ("teacher", "student", "student")]
     weights, original = [network.state_dict() for network in networks], saved.state_dict()
@@ -326,8 +333,9 @@ def test_a_saved_pretrained_model_is_distilled(family, tmp_path):
     plain = model.tokenizer([data.splits["train"].first[k] for k in (0, 3)], [data.splits["train"].second[k] for k in (0, 3)], padding=True, truncation=True,
                             max_length=32, return_tensors="pt")
     assert inputs.keys() == plain.keys() and all(torch.equal(inputs[key], plain[key]) for key in plain)   # BERT's pairs have segment ids
-    ok(run_cli("glue_distill.py", *LANGUAGE, "--subset", 0, "--task", "rte", "--data-dir", tmp_path, "--teacher", family, "--mode", "onehot", "kd", cwd=tmp_path))
-    assert (tmp_path / "results" / "glue-rte" / family / "fig1a.png").exists()
+    ok(run_cli("glue_distill.py", *LANGUAGE, "--subset", 0, "--task", task, "--teacher", family, "--mode", "kd", "--lr", 1e-3, cwd=tmp_path))
+    before, after = weights[1], state_of(tmp_path / "runs" / f"pairs-{family}-{family}-kd-s0")[0]
+    assert before.keys() == after.keys() and not torch.equal(before[shared[0]], after[shared[0]]) and not list(tmp_path.glob("runs/*mlm*"))
 
 
 def test_mnli_reports_both_dev_sets_and_cola_its_correlation(tmp_path):
@@ -348,10 +356,8 @@ def test_scores_are_the_textbook_ones():
     assert got["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item())
 
 
-def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("wrong", "narrow"):
-        write_glue(tmp_path / name, "sst-2")
+def test_bad_language_input_gets_one_line(texts, tmp_path):
+    write_glue(tmp_path / "narrow", "sst-2")
     torn = tmp_path / "narrow" / "SST-2" / "train.tsv"
     torn.write_text(torn.read_text().replace("sentence\tlabel", "text\tlabel"))
     (tmp_path / "no.csv").write_text("review,label\na,1\n")
@@ -365,7 +371,7 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
     (tmp_path / "voc").mkdir()
     cases = [(["--task", "sst2x"], "unknown --task", "sst-2"), (["--task", "rte"], "nyu-mll/glue", "train.tsv", "RTE"), (["--task", "imdb"], "train.csv", "imdb"),
              (["--task", "sst-2", "--data-dir", "narrow"], "lacks the column sentence"), (["--task", "csv:no.csv"], "lacks the column text"),
-             (["--task", "csv:torn.csv"], "line 3"), (["--task", "csv:absent.csv"], "absent.csv"), (["--subset", 9999], "--subset 9999", "3000"),
+             (["--task", "csv:torn.csv"], "line 3"), (["--task", "csv:absent.csv"], "absent.csv"), (["--subset", 9999], "--subset 9999", "4000"),
              (["--teacher", "three"], "3 labels", "2"), (["--teacher", "mixed"], "another family"), (["--teacher", "other", "--max-length", 64], "--max-length 64", "42"),
              (["--teacher", "roberta-base"], "roberta-base", "vocab.json"), (["--teacher", "./absent"], "not a folder"), (["--teacher", "2x50"], "multiple of 32"),
              (["--tokenizer", "voc"], "vocab.json and merges.txt"), (["--mlm-text", "empty.txt"], "empty"), (["--teacher-run", "absent"], "not a run folder"),

@@ -90,7 +90,7 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     """
     data_dir = Path(data_dir)
     if name == "sentiment":
-        classes, splits = 2, dict(train=sentiment(3000, "train", data_seed), test=sentiment(2000, "test", data_seed))
+        classes, splits = 2, dict(train=sentiment(4000, "train", data_seed), test=sentiment(2000, "test", data_seed))
     elif name in GLUE:
         splits, classes = glue(name, data_dir), len(GLUE[name][3])
     elif name in HUB:
@@ -228,7 +228,7 @@ BAD = {2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain".split()
 VERBS = "is was seems feels looked remains".split()
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
-CERTAINTY = 1.3   # log-odds per point of sentiment
+CERTAINTY = 2.0   # log-odds per point of sentiment
 
 
 def sentiment(n, part, data_seed):
@@ -236,7 +236,7 @@ def sentiment(n, part, data_seed):
 
     A clause scores ±1 or ±2 by its adjective, times its intensifier, times −0.6 when negated. "A and B" joins clauses of
     the same sign and scores A + B; "A but B" and "although A, B" join opposite ones and score 0.4·A + B, so that the main
-    clause wins. The probability of a positive label is 1/(1 + exp(−1.3·score)): near score 0 nobody can do better than guess.
+    clause wins. The probability of a positive label is 1/(1 + exp(−2·score)): near score 0 nobody can do better than guess.
     """
     rng = np.random.default_rng(common.stream_seed("sentiment", part, data_seed))
     pick = lambda words: words[rng.integers(len(words))]
@@ -369,8 +369,8 @@ class Model:
 
     @property
     def lr(self):
-        # From scratch 2e-3 for tiny, and inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
-        return min(2e-3, 0.128 / self.config.hidden_size) if self.scratch else 2e-5
+        # From scratch 1e-3 for tiny, and inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
+        return min(1e-3, 0.064 / self.config.hidden_size) if self.scratch else 2e-5
 
 
 def prepare(name, data, args):
@@ -385,7 +385,8 @@ def prepare(name, data, args):
             raise common.InputError(f"--tokenizer {folder} must be a folder with vocab.json and merges.txt")
         tokenizer = byte_level_bpe(files, train.first + (train.second or []), args.vocab_size)
         layers, hidden, heads = size
-        config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
+        config = RobertaConfig(initializer_range=0.02 * math.sqrt(768 / hidden), vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                                intermediate_size=4 * hidden, max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1, type_vocab_size=1,
                                pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                num_labels=data.classes)
@@ -609,7 +610,7 @@ def pretrain(run, model, args, seed, data):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
         network = RobertaForMaskedLM(model.config)
     texts_sha256 = hashlib.sha256(tokens.ids.cpu().numpy().tobytes()).hexdigest()
-    lr = args.mlm_lr or model.lr
+    lr = args.mlm_lr or 2 * model.lr
     common.start_run(run, run_flags(args, model.name, epochs=args.mlm_epochs, lr=lr), "mlm", seed, data, network, texts_sha256=texts_sha256, **model.facts)
     encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
@@ -786,12 +787,12 @@ def main(argv=None):
     add("--tokenizer", help="folder with vocab.json and merges.txt for models from scratch (default: a byte-level BPE of the training texts)")
     add("--vocab-size", type=number(int, 300), default=8000, help="largest vocabulary of that BPE")
     add("--max-length", type=number(int, 8), default=128, help="texts are truncated to that many tokens")
-    add("--mlm-epochs", type=number(int, 0), default=10, help="epochs of masked-language modelling before a model from scratch")
+    add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling before a model from scratch")
     add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
-    add("--mlm-lr", type=number(float, 0, open_low=True), help="its peak learning rate (default: that of the classifier)")
+    add("--mlm-lr", type=number(float, 0, open_low=True), help="its peak learning rate (default: twice the classifier's)")
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, 3 for a pretrained model)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate of AdamW (default: 0.128/hidden units, at most 2e-3, from scratch; 2e-5 for a pretrained model)")
+    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; 2e-5 for a pretrained model)")
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share of training with linear warm-up; then linear decay to 0")
     add("--weight-decay", type=number(float, 0), default=0.1, help="decoupled weight decay of the matrices")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
