@@ -127,7 +127,7 @@ def glue(name, data_dir):
     root = next((root / folder for root in (data_dir, data_dir / "glue") if (root / folder).is_dir()), None)
     if root:
         return {key: read_tsv(root / file, name) for key, file in files.items()}
-    hub_columns = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}.get(name, columns)
+    hub_columns = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2"), "mnli": ("premise", "hypothesis")}.get(name, columns)
     parts = {"train": "train", "test": "validation"} if name != "mnli" else {
         "train": "train", "test": "validation_matched", "mismatched": "validation_mismatched"}
     return hub_splits("nyu-mll/glue", name.replace("-", ""), (*hub_columns, None)[:2] + ("label",), parts,
@@ -405,7 +405,7 @@ def prepare(name, data, args):
                                     f"({config.vocab_size} tokens, padding {config.pad_token_id}): put the model's own tokenizer there")
         config.num_labels = data.classes
         # RoBERTa's family numbers positions from the padding token on, so the first ones are unused.
-        positions = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+        positions = getattr(config, "max_position_embeddings", args.max_length + 2) - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
         if args.max_length > positions:
             raise common.InputError(f"--max-length {args.max_length} is more than the {positions} positions of {name}: give at most {positions}")
     tokens = {key: encode(tokenizer, split.first, split.second, args.max_length, args.device) for key, split in data.splits.items()}
@@ -420,7 +420,10 @@ def prepare(name, data, args):
 
 
 def build_classifier(model, key, pretrained=None):
-    """A sequence classifier whose new weights depend on `key` alone. pretrained: state dict of a masked-language model."""
+    """A sequence classifier whose new weights depend on `key` alone; a saved classifier keeps its head.
+
+    pretrained: state dict of a masked-language model of the same size, whose encoder is taken.
+    """
     from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", *key))
@@ -844,7 +847,7 @@ def main(argv=None):
                 for s, step in steps.items():
                     # From the state that the unswitched run had at the switch: half the time, and the same weights on a CPU.
                     state = trunks.get(switch_distill.SWITCHES[direction][0], Path()) / f"snapshot-{step}.pt"
-                    train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}-s{seed}"), student, teacher=teacher,
+                    train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}{f'-w{args.window}' if args.window else ''}-s{seed}"), student, teacher=teacher,
                           switch=(direction, step), start_from=state if state.exists() else None)
 
     results.mkdir(parents=True, exist_ok=True)
