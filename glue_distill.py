@@ -14,7 +14,10 @@ own heads, orders and dropout. Teacher logits are read from its logits.npz: text
 Writes into --results, for each student: fig1a, deviation.json and claims; fig1b and switch.json (for the switches); and
 glue.json, glue.md (metrics, slopes, speed, padding) for all. Departures from the paper: sentence order is by length within
 pools of 50 batches; the switch is abrupt unless --window is given; GLUE's dev set is the test set (its labels are public).
-The embedded task is synthetic: EXPECTED_GLUE. The paper's language results are mixed: 7 of its 12 slopes exceed 1.
+The paper's language results are mixed: 7 of its 12 slopes exceed 1. Expected on the embedded, synthetic task, 3 seeds, about
+2 minutes on a CPU: the teacher reaches 85.0% where nobody can exceed 88.0% (Bayes); neither the self-distilled student's gain
+(-0.6 points, interval -2.9 to 1.1) nor its slope (0.96 on train, 0.90 to 1.03) is settled; for the smaller student the slope
+exceeds its control's by 0.33 (0.17 to 0.62).
 """
 import argparse
 import csv
