@@ -389,10 +389,10 @@ def prepare(name, data, args):
         tokenizer = byte_level_bpe(files, train.first + (train.second or []), args.vocab_size)
         layers, hidden, heads = size
         # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-        config = RobertaConfig(initializer_range=0.02 * math.sqrt(768 / hidden), vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                               intermediate_size=4 * hidden, max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1, type_vocab_size=1,
-                               pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                               num_labels=data.classes)
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+        config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                               intermediate_size=4 * hidden, max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1,
+                               type_vocab_size=1, initializer_range=0.02 * math.sqrt(768 / hidden), num_labels=data.classes, **special)
     else:
         if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)):
             raise common.InputError(f"{name} is not a folder: give a hub id, a folder of a saved model, or one of {', '.join(SIZES)}, LAYERSxHIDDEN")
@@ -408,7 +408,8 @@ def prepare(name, data, args):
                                     f"({config.vocab_size} tokens, padding {config.pad_token_id}): put the model's own tokenizer there")
         config.num_labels = data.classes
         # RoBERTa's family numbers positions from the padding token on, so the first ones are unused.
-        positions = getattr(config, "max_position_embeddings", args.max_length + 2) - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+        unused = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        positions = getattr(config, "max_position_embeddings", args.max_length) - unused
         if args.max_length > positions:
             raise common.InputError(f"--max-length {args.max_length} is more than the {positions} positions of {name}: give at most {positions}")
     tokens = {key: encode(tokenizer, split.first, split.second, args.max_length, args.device) for key, split in data.splits.items()}
@@ -845,19 +846,22 @@ def main(argv=None):
             if "onehot" in args.mode:
                 trunks["onehot"] = train(f"{student} onehot", Path(f"{base}-{label(student)}-onehot-s{seed}"), student, snapshots=kept)
             if "kd" in args.mode:
-                trunks["kd"] = train(f"{student} kd", Path(f"{pair}-kd-s{seed}"), student, teacher=teacher, weights=(args.ce_weight, args.kd_weight), snapshots=kept)
+                trunks["kd"] = train(f"{student} kd", Path(f"{pair}-kd-s{seed}"), student, teacher=teacher,
+                                     weights=(args.ce_weight, args.kd_weight), snapshots=kept)
             for direction in [mode for mode in args.mode if mode in switch_distill.SWITCHES]:
                 for s, step in steps.items():
                     # From the state that the unswitched run had at the switch: half the time, and the same weights on a CPU.
                     state = trunks.get(switch_distill.SWITCHES[direction][0], Path()) / f"snapshot-{step}.pt"
-                    train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}{f'-w{args.window}' if args.window else ''}-s{seed}"), student, teacher=teacher,
+                    window = f"-w{args.window}" if args.window else ""
+                    train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}{window}-s{seed}"), student, teacher=teacher,
                           switch=(direction, step), start_from=state if state.exists() else None)
 
     results.mkdir(parents=True, exist_ok=True)
     rows, tables = metric_rows(named, data), {}
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
-            tables[student] = report(results / label(student), student, named, args, f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)")
+            title = f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)"
+            tables[student] = report(results / label(student), student, named, args, title)
     text = metrics_markdown(rows) + (f"\n{deviations_markdown(tables)}" if tables else "")
     common.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
     common.write_text(results / "glue.md", text)
