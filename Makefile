@@ -20,9 +20,12 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise clean
+.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue clean
 
-reproduce: fig1b fig1a fig-eigenspace fig-denoise
+# Two chains side by side, one per core: the scripts of the second need nothing from the first.
+reproduce: .venv/ready
+	@$(MAKE) --no-print-directory fig1b fig1a fig-denoise & first=$$!; \
+	  $(MAKE) --no-print-directory fig-eigenspace fig-glue; second=$$?; wait $$first && exit $$second
 	@$(PY) -c 'import common; common.show_results("results")'
 
 fig1a: .venv/ready
@@ -43,6 +46,13 @@ fig-eigenspace: .venv/ready
 fig-denoise: fig1b
 	$(PY) denoise_gradients.py $(COMMON) --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
 	  --kd "runs/$(NAME)-kd-s{seed}" --out "results/$(NAME)/denoise"
+
+TASK ?= sentiment
+GLUE_SEEDS ?= 0 1 2
+GLUE_FLAGS ?=
+
+fig-glue: .venv/ready
+	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --quiet $(GLUE_FLAGS)
 
 test: .venv/ready
 	$(PY) -m pytest -q test_smoke.py

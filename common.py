@@ -1044,7 +1044,9 @@ def claims_markdown(rows):
     """The claims as a Markdown table."""
     text = "| claim | expected | measured | 95% interval | verdict | note |\n|---|---|---|---|---|---|\n"
     for row in rows:
-        text += f"| {row['claim']} | {row['expected']} | {row['measured']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['verdict']} | {row['note']} |\n"
+        # Not finite (null in JSON): a single seed has no interval over seeds, a resample may leave a statistic undefined.
+        value, low, high = (f"{row[key]:.3f}" if row[key] is not None and math.isfinite(row[key]) else "?" for key in ("measured", "low", "high"))
+        text += f"| {row['claim']} | {row['expected']} | {value} | {low} to {high} | {row['verdict']} | {row['note']} |\n"
     return text
 
 

@@ -42,6 +42,7 @@ example the best student is not better than the best early stop. In the construc
 (noise in low directions; slope of φ 1.13), +3.6 (too few of them to fit it; slope 0.92) and −2.0 (signal there).
 """
 import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -428,7 +429,8 @@ def cached(args, name, seed, data, compute, flags, **settings):
     started = time.perf_counter()
     result = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_json(path, dict(settings=settings, seconds=time.perf_counter() - started, versions=common.versions(), result=result))
+    # Plain json: unlike a report, it must give NaN (a level that a path never reaches) back as NaN.
+    common.write_text(path, json.dumps(dict(settings=settings, seconds=time.perf_counter() - started, versions=common.versions(), result=result)))
     print(f"{name}, seed {seed}: {time.perf_counter() - started:.1f} s")
     return result
 

@@ -630,7 +630,7 @@ def pretrain(run, model, args, seed, data):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             return masked_loss(encoder, network.lm_head, inputs, chosen.to(args.device), ids[chosen].to(args.device)), None, {}
 
-    finished = (run / "checkpoint.pt").exists() and (run / "metrics.jsonl").exists() and common.last_metrics(run)["epoch"] == args.mlm_epochs
+    finished = (run / "checkpoint.pt").exists() and (run / "metrics.jsonl").exists() and common.read_metrics(run)[-1]["epoch"] == args.mlm_epochs
     history = fit(run, network, tokens, args, ("mlm", seed), args.mlm_epochs, lr, loss_at, dict)
     if not finished:
         print(f"{run}: masked-token loss {history[0]['train_loss']:.2f} in the first epoch, {history[-1]['train_loss']:.2f} in the last")
