@@ -1031,8 +1031,10 @@ def verdict(interval, threshold, above=True):
 
 
 def cell(measured, scale=1.0, digits=3):
-    """`value [low, high]` of a dict with these keys, as text."""
-    return f"{scale * measured['value']:.{digits}f} [{scale * measured['low']:.{digits}f}, {scale * measured['high']:.{digits}f}]"
+    """`value [low, high]` of a dict with these keys, as text; ? where undefined (NaN, or null from a JSON file)."""
+    value, low, high = (f"{scale * measured[key]:.{digits}f}" if measured[key] is not None and math.isfinite(measured[key]) else "?"
+                        for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def claim(text, expected, value, low, high, threshold, above=True, note=""):

@@ -247,18 +247,28 @@ def teacher_run(args, seed, data, epochs):
     scale = epochs / args.epochs
     flags = common.only_flags(args, common.add_flags)
     flags.epochs, flags.warmup, flags.milestones = epochs, args.warmup * scale, [milestone * scale for milestone in args.milestones]
-    what = "teacher" if scale == 1 else f"teacher-{epochs}-epochs"
-    run = Path(args.runs) / f"{common.default_name(args)}-{what}-s{seed}"
+    run = teacher_folder(args, seed, epochs)
     train_teacher(run, flags, seed, data)
     return run
 
 
-def student_run(what, folder, args, seed, data, teacher, smoothing):
+def teacher_folder(args, seed, epochs):
+    """Run folder of a teacher that this script trains."""
+    return Path(args.runs) / f"{common.default_name(args)}-{'teacher' if epochs == args.epochs else f'teacher-{epochs}-epochs'}-s{seed}"
+
+
+def student_folder(what, args, seed):
+    """Run folder of the student run `what` (one of LOSSES)."""
+    given = getattr(args, what)
+    return Path(given.replace("{seed}", str(seed)) if given else Path(args.runs) / f"{common.default_name(args)}-denoise-{what}-s{seed}")
+
+
+def student_run(what, args, seed, data, teacher, smoothing):
     """(run folder, {percent: state dict, None at the start}) of the student run `what` (one of LOSSES), trained now when missing."""
     kd = float(what == "kd")
     flags = argparse.Namespace(**vars(common.only_flags(args, common.add_flags)), teacher=args.teacher, kd_weight=kd, ce_weight=1 - kd,
                                temperature=args.temperature, snapshot_at=[])
-    run = Path(folder.replace("{seed}", str(seed)) if folder else Path(args.runs) / f"{common.default_name(args)}-denoise-{what}-s{seed}")
+    run = student_folder(what, args, seed)
     total = common.total_steps(args, data)[1]
     steps = {percent: min(round(total * percent / 100), total - 1) for percent in args.percents}
     if what == "smooth":
@@ -277,8 +287,15 @@ def student_run(what, folder, args, seed, data, teacher, smoothing):
     if missing:
         raise common.InputError(f"{run} is finished but lacks {', '.join(missing)}: give another folder by --{what}, or train it again "
                                 f"with --overwrite (train_student.py: and --snapshot-at {' '.join(f'{p / 100:g}' for p in args.percents)})")
-    states = {percent: common.load_checkpoint(file, data.device)["model"] for percent, file in files.items()}
-    return run, {0: None, **states, 100: common.load_checkpoint(run / "checkpoint.pt", data.device)["model"]}
+    files[100] = run / "checkpoint.pt"
+    probe, states = common.build_model(args.arch, data.classes, data.facts["image"], args.width), {0: None}
+    for percent, file in files.items():
+        states[percent] = common.load_checkpoint(file, data.device).get("model")
+        try:
+            probe.load_state_dict(states[percent])
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise common.InputError(f"{file} does not fit {args.arch} ({common.first_line(error)}): train that run again with --overwrite") from None
+    return run, states
 
 
 def smoothed(labels, classes, smoothing):
@@ -304,7 +321,7 @@ def measure_seed(args, seed, data):
     T, smoothing = args.temperature, {t: matched_smoothing(t) for t in {args.temperature, *args.temperatures}}
     states = {}
     for what in LOSSES:
-        runs[what], states[what] = student_run(what, getattr(args, what), args, seed, data, teachers["teacher"], smoothing[T])
+        runs[what], states[what] = student_run(what, args, seed, data, teachers["teacher"], smoothing[T])
 
     # The points: all training images, or a random share of them, the same for every checkpoint and loss.
     chosen = torch.arange(len(data.y_train))
@@ -604,7 +621,20 @@ def main(argv=None):
                                 f"{' '.join(f'{p:g}' for p in args.percents)}")
     if 0 < args.points < 8:
         raise common.InputError(f"--points {args.points} is too few for quarters: use 8 or more, or 0 for all")
+    if args.stop_epoch:
+        raise common.InputError("--stop-epoch does not go with teachers of several lengths: leave it out, and give --epochs")
+    if max(args.teacher_epochs, default=0) >= args.epochs:
+        raise common.InputError(f"--teacher-epochs {max(args.teacher_epochs)} must be less than --epochs {args.epochs}")
     data = common.data_from(args)
+    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    teachers = [Path(args.teacher.replace("{seed}", str(seed))) for seed in args.seeds] if args.teacher else []
+    for run in teachers:
+        common.finished_config(run)
+    planned = [student_folder(what, args, seed) for seed in args.seeds for what in LOSSES]
+    if len({run.resolve() for run in planned}) < len(planned) or {run.resolve() for run in planned} & {run.resolve() for run in teachers}:
+        raise common.InputError("two runs share a folder: give --teacher, --onehot, --kd and --smooth different ones, with {seed} in each for several seeds")
+    own = args.teacher_epochs + ([] if args.teacher else [args.epochs])
+    common.discard_runs(args, planned + [teacher_folder(args, seed, epochs) for seed in args.seeds for epochs in own])
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     seeds = [measure_seed(args, seed, data) for seed in args.seeds]

@@ -421,6 +421,8 @@ def cached(args, name, seed, data, compute, flags, **settings):
     path = Path(args.out) / "seeds" / f"{name}-s{seed}.json"
     if path.exists() and not args.overwrite:
         kept = common.read_json(path)
+        if not (isinstance(kept, dict) and isinstance(kept.get("settings"), dict) and isinstance(kept.get("result"), dict) and kept["result"]):
+            raise common.InputError(f"{path} is not a finished seed: remove it, or discard all with --overwrite")
         if kept.get("settings") != settings:
             different = sorted(key for key in settings if kept.get("settings", {}).get(key) != settings[key])
             raise common.InputError(f"{path} was made with other settings ({', '.join(different)}): choose another --out, "
@@ -700,7 +702,7 @@ def plot_linear(results, spectra, folder):
     for axis in axes[1]:
         axis.set(xscale="log", yscale="log", xlabel="standard deviation of the noise")
         axis.set_xticks(NOISES, [f"{noise:g}" for noise in NOISES])
-        axis.xaxis.minorticks_off()
+        axis.minorticks_off()
 
     first, _, last = EXAMPLES
     for axis, name in ((axes[2, 0], first), (axes[2, 1], last)):
@@ -723,6 +725,15 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
+
+
+def kept_claims(path):
+    """The claims in a level's JSON, none where it is missing; InputError when it is not one."""
+    claims = common.read_json(path) if path.exists() else {"claims": []}
+    claims = claims.get("claims") if isinstance(claims, dict) else None
+    if not isinstance(claims, list) or not all(isinstance(row, dict) and {"claim", "measured", "verdict"} <= row.keys() for row in claims):
+        raise common.InputError(f"{path} is not the result of a level: remove it")
+    return claims
 
 
 def main(argv=None):
@@ -755,6 +766,7 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise common.InputError("--device cuda: no CUDA device is visible; use --device cpu")
     args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False   # the small eigenvalues need the bits
     started = time.perf_counter()
     levels = ("linear", "classifiers", "ntk") if args.level == "all" else (args.level,)
     points_data = None
@@ -766,6 +778,8 @@ def main(argv=None):
         check_ntk_memory(points_data, args)
     data = common.data_from(args) if levels != ("ntk",) else points_data
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    for level in ("linear", "classifiers", "ntk"):
+        kept_claims(Path(args.out) / f"{level}.json")   # a damaged one is named before the work
     name, seeds = data.facts["name"], f"{len(args.seeds)} seed{'s' if len(args.seeds) > 1 else ''}"
 
     for level in levels:
@@ -786,8 +800,7 @@ def main(argv=None):
         common.write_json(Path(args.out) / f"{level}.json", dict(data=facts, seeds=args.seeds, claims=rows, results=results))
 
     # The table covers every level in --out, also those of an earlier command.
-    kept = [Path(args.out) / f"{level}.json" for level in ("linear", "classifiers", "ntk")]
-    common.save_claims(args.out, [row for path in kept if path.exists() for row in common.read_json(path)["claims"]])
+    common.save_claims(args.out, [row for level in ("linear", "classifiers", "ntk") for row in kept_claims(Path(args.out) / f"{level}.json")])
     print(f"{time.perf_counter() - started:.0f} s")
 
 

@@ -30,6 +30,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -404,6 +405,10 @@ def prepare(name, data, args):
                                     f"tokenizer's files (for RoBERTa vocab.json and merges.txt) into a folder and give its path, or use one of {', '.join(SIZES)}") from None
         if any("SequenceClassification" in a for a in config.architectures or ()) and config.num_labels != data.classes:
             raise common.InputError(f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}: give its base model, whose head is new")
+        words = list(dict.fromkeys(data.splits["train"].first[:200]))
+        unknown = [text for text in words if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer(text)["input_ids"]]
+        if len(tokenizer) < 50 or len(unknown) > 0.9 * len(words):   # transformers makes up an empty one where the files are missing
+            raise common.InputError(f"{name} has no usable tokenizer: put the model's own there (vocab.txt, vocab.json and merges.txt, or tokenizer.json)")
         if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size or config.pad_token_id not in (None, tokenizer.pad_token_id):
             raise common.InputError(f"the tokenizer in {name} ({len(tokenizer)} tokens, padding {tokenizer.pad_token_id}) is of another family than its model "
                                     f"({config.vocab_size} tokens, padding {config.pad_token_id}): put the model's own tokenizer there")
@@ -434,9 +439,14 @@ def build_classifier(model, key, pretrained=None):
         torch.manual_seed(common.stream_seed("init", *key))
         if not model.scratch:
             try:
-                return AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config).float().train()
+                network, info = AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config, output_loading_info=True)
             except Exception as error:   # missing weights, shapes that do not fit, no classifier of this type
                 raise common.InputError(f"model {model.name} cannot be loaded as a classifier ({' '.join(str(error).split())[:160]}): check its files") from None
+            lost = [name for name in info["missing_keys"] if name.startswith(network.base_model_prefix + ".") and "pooler" not in name]
+            if lost:
+                raise common.InputError(f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more: its config.json and its weights "
+                                        "do not belong together")
+            return network.float().train()
         network = RobertaForSequenceClassification(model.config)
     if pretrained:
         encoder = {name.removeprefix("roberta."): value for name, value in pretrained.items() if name.startswith("roberta.")}
@@ -742,7 +752,7 @@ def deviations_markdown(tables):
         for split, table in splits.items():
             of = table["predicted"]
             cells = [of[network][key] for key in ("slope", "low_below") for network in ("student", "control")] + [of["student-control"]["low_gap"]]
-            text += f"| {student} | {split} | " + " | ".join(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells) + " |\n"
+            text += f"| {student} | {split} | " + " | ".join(map(common.cell, cells)) + " |\n"
     return text
 
 
@@ -773,6 +783,13 @@ def resolve(args):
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
+    for flag in ("student", "mode", "switch_at"):   # named twice is trained once
+        setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
+    names = list(dict.fromkeys([args.teacher, *args.student]))
+    if len({Path(name).name for name in names}) < len(names):
+        raise common.InputError(f"two of {', '.join(names)} end alike, and their run folders are named by that: rename one folder")
+    if "{seed}" in (args.out or ""):
+        raise common.InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
     return args
 
 
@@ -817,6 +834,7 @@ def main(argv=None):
     import transformers
     transformers.utils.logging.set_verbosity_error()   # it warns of every new head, which is what is meant
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="huggingface_hub")   # between its own versions
 
     data = load_task(args.task, args.data_dir, args.subset, args.data_seed)
     task = Path(args.task.partition(":")[2] or args.task).stem
@@ -825,6 +843,7 @@ def main(argv=None):
     models = {name: prepare(name, data, args) for name in dict.fromkeys(([] if args.teacher_run else [args.teacher]) + args.student)}
     total = math.ceil(data.facts["n_train"] / args.batch_size)
     named = {}   # what: run folder of each seed
+    results.mkdir(parents=True, exist_ok=True)
 
     for seed in args.seeds:
         pretrained = {name: pretrain(Path(f"{base}-{label(name)}-mlm-s{seed}"), model, args, seed, data) for name, model in models.items()}
@@ -857,7 +876,6 @@ def main(argv=None):
                     train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}{window}-s{seed}"), student, teacher=teacher,
                           switch=(direction, step), start_from=state if state.exists() else None)
 
-    results.mkdir(parents=True, exist_ok=True)
     rows, tables = metric_rows(named, data), {}
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:

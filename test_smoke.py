@@ -1434,6 +1434,10 @@ def test_denoise_cli_writes_reuses_and_shares_runs(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("flags, message", [
     (["--variants-at", "33"], "--variants-at 33 is not measured"),
     (["--points", "5"], "too few"),
+    (["--stop-epoch", "1"], "--stop-epoch"),
+    (["--teacher-epochs", "9"], "must be less than --epochs 2"),
+    (["--seeds", "0", "1", "--kd", "fixed"], "two runs share a folder"),
+    (["--kd", "same", "--onehot", "same", "--overwrite"], "two runs share a folder"),
     (["--teacher", "nowhere"], "nowhere is not a run folder"),
 ])
 def test_denoise_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, message):
