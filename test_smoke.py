@@ -1213,6 +1213,14 @@ def test_eigenspace_runs_caches_and_refuses_other_settings(tmp_path):
     assert {path: path.read_bytes() for path in out.glob("seeds/*.json")} == kept
     one_line_error(run_cli("eigenspace.py", *EIGENSPACE_TINY, "--out", out, "--temperature", 2, cwd=tmp_path), "temperature", "--overwrite")
     assert {path: path.read_bytes() for path in out.glob("seeds/*.json")} == kept
+    seed, = out.glob("seeds/linear-s0.json")
+    for damaged in ("[]", '{"settings": 3}', '{"settings": {}, "result": {}}', "{"):
+        seed.write_text(damaged)
+        one_line_error(run_cli("eigenspace.py", *EIGENSPACE_TINY, "--out", out, "--level", "linear", cwd=tmp_path), "linear-s0.json")
+    seed.write_bytes(kept[seed])
+    (out / "ntk.json").write_text('{"claims": [1]}')
+    one_line_error(run_cli("eigenspace.py", *EIGENSPACE_TINY, "--out", out, "--level", "linear", cwd=tmp_path), "ntk.json", "remove it")
+    (out / "ntk.json").unlink()
     eigenspace.main([*EIGENSPACE_TINY, "--out", str(out), "--temperature", "2", "--overwrite", "--level", "classifiers", "--archs", "linear"])
     assert (out / "seeds/classifiers-linear-s0.json").read_bytes() != kept[out / "seeds/classifiers-linear-s0.json"]
 
@@ -1425,6 +1433,11 @@ def test_denoise_cli_writes_reuses_and_shares_runs(tmp_path, monkeypatch, capsys
     for ours, theirs in (("teacher", "teacher"), ("denoise-kd", "kd")):
         a, b = (common.load_checkpoint(tmp_path / run / "checkpoint.pt")["model"] for run in (f"runs/digits-resnet8-{ours}-s1", theirs))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+    # A state of another model is named.
+    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt")))
+    with pytest.raises(common.InputError, match="snapshot-.*does not fit resnet8"):
+        denoise_gradients.main(flags)
 
     # A run without the snapshots is named, with the way out.
     with pytest.raises(common.InputError, match="lacks snapshot-.*--kd"):
@@ -1818,6 +1831,12 @@ def test_bad_language_input_gets_one_line(texts, tmp_path):
     save_pretrained(tmp_path / "other", "bert")
     for file in (tmp_path / "other").glob("*token*"):   # BERT's tokenizer beside RoBERTa's weights
         shutil.copy(file, tmp_path / "mixed" / file.name)
+    save_pretrained(tmp_path / "swapped", "roberta")   # a config beside weights that are not its own
+    (tmp_path / "swapped" / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    save_pretrained(tmp_path / "wordless", "bert")
+    for file in (tmp_path / "wordless").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "voc").mkdir()
     cases = [(["--task", "sst2x"], "unknown --task", "sst-2"), (["--task", "rte"], "nyu-mll/glue", "train.tsv", "RTE"), (["--task", "imdb"], "train.csv", "imdb"),
@@ -1827,6 +1846,8 @@ def test_bad_language_input_gets_one_line(texts, tmp_path):
              (["--teacher", "roberta-base"], "roberta-base", "vocab.json"), (["--teacher", "./absent"], "not a folder"), (["--teacher", "2x50"], "multiple of 32"),
              (["--tokenizer", "voc"], "vocab.json and merges.txt"), (["--mlm-text", "empty.txt"], "empty"), (["--teacher-run", "absent"], "not a run folder"),
              (["--teacher-run", texts / "runs/sentiment-1x16-teacher-s0", "--subset", 100, "--student", "1x8"], "other texts"),
+             (["--teacher", "swapped"], "lacks the weights"), (["--teacher", "wordless"], "no usable tokenizer"),
+             (["--teacher", "x/m", "--student", "y/m"], "end alike"), (["--out", "q{seed}"], "prefix"),
              (["--kd-weight", 0], "--kd-weight 0"), (["--switch-at", 1], "--switch-at"), (["--mode", "both"], "--mode", "onehot2kd"), (["--seeds", 1, 1], "twice")]
     for extra, *words in cases:
         one_line_error(run_cli("glue_distill.py", *LANGUAGE, *extra, cwd=tmp_path), *words)
