@@ -15,7 +15,7 @@ train_teacher.py and train_student.py, so finished ones are shared with them. De
 gradual over about 1,000 steps of a long schedule; here it is abrupt unless --window is given.
 Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: one-hot 89.8%, KD 93.8%; one-hot→KD at s=0.5
 94.9% (recovers 1.29 of the gain, 0.90 to 2.48), KD→one-hot 88.5% (loses it: -0.31, -2.35 to 0.25). CIFAR-100, ResNet-56,
-`--recipe short`, one seed on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
+`--recipe short`, one seed, a prototype on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
 """
 import argparse
 from pathlib import Path

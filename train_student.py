@@ -8,7 +8,7 @@ The loss is ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T). A stude
 augmentation with a teacher of the same seed; students of the same seed share all three, so that they are paired.
 Expected: digits with 30% label noise, ResNet-8, `--recipe quick`: 93.8% ± 1.5 for distillation, 89.8% ± 2.1 for the
 control (95% intervals over 5 seeds). CIFAR-100, ResNet-56 self-distillation, `--recipe short`: 73.5% against 71.8% for
-the control (one seed, one H100).
+the control (one seed, a prototype on one H100).
 """
 import argparse
 

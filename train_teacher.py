@@ -4,7 +4,7 @@
     python train_teacher.py --data cifar100 --arch resnet56 --recipe short --out runs/teacher
 
 Expected: digits with 30% label noise, ResNet-8, `--recipe quick`: 88.4% ± 1.7 (95% interval over 5 seeds).
-CIFAR-100, ResNet-56, `--recipe short`: 71.6% in 80 epochs (one seed, one H100).
+CIFAR-100, ResNet-56, `--recipe short`: 71.6% in 80 epochs (one seed, a prototype on one H100).
 
 Writes a run folder: config.json, metrics.jsonl (one line per epoch), checkpoint.pt, logits.npz. Interrupt it at any
 time; the same command continues it.
