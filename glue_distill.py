@@ -442,7 +442,8 @@ def build_classifier(model, key, pretrained=None):
                 network, info = AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config, output_loading_info=True)
             except Exception as error:   # missing weights, shapes that do not fit, no classifier of this type
                 raise common.InputError(f"model {model.name} cannot be loaded as a classifier ({' '.join(str(error).split())[:160]}): check its files") from None
-            lost = [name for name in info["missing_keys"] if name.startswith(network.base_model_prefix + ".") and "pooler" not in name]
+            encoder = {name for name in network.base_model.state_dict() if "pooler" not in name}   # the head, and BERT's pooler, may be new
+            lost = sorted(name for name in info["missing_keys"] if name.removeprefix(network.base_model_prefix + ".") in encoder)
             if lost:
                 raise common.InputError(f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more: its config.json and its weights "
                                         "do not belong together")
