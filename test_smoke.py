@@ -1846,7 +1846,7 @@ def test_bad_language_input_gets_one_line(texts, tmp_path):
              (["--teacher", "roberta-base"], "roberta-base", "vocab.json"), (["--teacher", "./absent"], "not a folder"), (["--teacher", "2x50"], "multiple of 32"),
              (["--tokenizer", "voc"], "vocab.json and merges.txt"), (["--mlm-text", "empty.txt"], "empty"), (["--teacher-run", "absent"], "not a run folder"),
              (["--teacher-run", texts / "runs/sentiment-1x16-teacher-s0", "--subset", 100, "--student", "1x8"], "other texts"),
-             (["--teacher", "swapped"], "lacks the weights"), (["--teacher", "wordless"], "no usable tokenizer"),
+             (["--teacher", "swapped"], "lacks the weights"), (["--teacher", "wordless"], "tokenizer", "vocab.json"),
              (["--teacher", "x/m", "--student", "y/m"], "end alike"), (["--out", "q{seed}"], "prefix"),
              (["--kd-weight", 0], "--kd-weight 0"), (["--switch-at", 1], "--switch-at"), (["--mode", "both"], "--mode", "onehot2kd"), (["--seeds", 1, 1], "twice")]
     for extra, *words in cases:
