@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -872,6 +873,54 @@ def total_steps(args, data):
     return per_epoch, per_epoch * (args.stop_epoch or args.epochs)
 
 
+def save_state(path, model, optimizer, **progress):
+    """Write all that `restore_state` needs to go on exactly: weights, optimiser, random states, and `progress`."""
+    state = dict(progress, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                 cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def restore_state(source, model, optimizer, per_epoch, total, device):
+    """Load what `save_state` wrote; returns (step, history, spent, loss_sum, correct). InputError when it does not fit the run."""
+    state = load_checkpoint(source, device)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, history = state["step"], state["history"]
+        if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))):
+            raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        return step, history, state["spent"], state["loss_sum"], state["correct"]
+    except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"{source} does not fit this run ({first_line(error)}): discard it with --overwrite") from None
+
+
+@contextmanager
+def interruptible():
+    """A list that SIGINT and SIGTERM append to, instead of ending the process, so that a run can save first."""
+    stop = []
+    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_interrupted(run, step, total):
+    """Say how to continue a run that was interrupted and saved, and exit 130."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
+    print(f"{run}: saved at step {step} of {total}; continue with: {command}")
+    raise SystemExit(130)
+
+
+def write_metrics(run, history):
+    """Write all of a run's metrics, one JSON line per epoch; the whole file, so that no line is lost, doubled or torn."""
+    write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=(), start_from=None):
     """Train `model` in the run folder `run`, from its checkpoint if it has one, and leave logits.npz there.
 
@@ -891,34 +940,17 @@ def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None,
     loss_sum, correct = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
 
     def save(path):
-        state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history,
-                     loss_sum=loss_sum, correct=correct, spent=spent + time.perf_counter() - started,
-                     rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if device.type == "cuda" else [])
-        write_atomic(path, lambda file: torch.save(state, file))
+        save_state(path, model, optimizer, step=step, history=history, loss_sum=loss_sum, correct=correct, spent=spent + time.perf_counter() - started)
 
     checkpoint = run / "checkpoint.pt"
     source = checkpoint if checkpoint.exists() else start_from
     if source is not None:
-        state = load_checkpoint(source, device)
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, history, spent = state["step"], state["history"], state["spent"]
-            loss_sum, correct = state["loss_sum"], state["correct"]
-            if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))):
-                raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
-            torch.set_rng_state(state["rng"].cpu())
-            if device.type == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{source} does not fit this run ({first_line(error)}): discard it with --overwrite") from None
+        step, history, spent, loss_sum, correct = restore_state(source, model, optimizer, per_epoch, total, device)
         if source == checkpoint and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
 
-    stop = []
-    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
-    try:
+    with bar, interruptible() as stop:
         for epoch in range(step // per_epoch, total // per_epoch):
             order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, getattr(args, "view_seed", None)))
             model.train()
@@ -970,20 +1002,14 @@ def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None,
                 history.append(line)
                 loss_sum, correct, spent = torch.zeros_like(loss_sum), torch.zeros_like(correct), 0.0
                 started = time.perf_counter()
-                write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+                write_metrics(run, history)
                 if not args.quiet:
                     bar.write(_epoch_line(line, args.epochs))
             if stop or step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
             if stop:
-                print(f"{run}: saved at step {step} of {total}; continue with: "
-                      f"{shlex.join(['python', Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != '--overwrite')])}")
-                raise SystemExit(130)
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+                exit_interrupted(run, step, total)
+    write_metrics(run, history)
     save_logits(run, model, data)
     print(f"{run}: test {100 * history[-1]['test_acc']:.2f}% (best {100 * history[-1]['best_test_acc']:.2f}%), "
           f"train {100 * history[-1]['train_acc']:.2f}%, {sum(line['seconds'] for line in history):.0f} s, "
@@ -1031,10 +1057,15 @@ def verdict(interval, threshold, above=True):
 
 
 def cell(measured, scale=1.0, digits=3):
-    """`value [low, high]` of a dict with these keys, as text; ? where undefined (NaN, or null from a JSON file)."""
-    value, low, high = (f"{scale * measured[key]:.{digits}f}" if measured[key] is not None and math.isfinite(measured[key]) else "?"
-                        for key in ("value", "low", "high"))
+    """`value [low, high]` of a dict with these keys, as text."""
+    value, low, high = (_decimal(measured[key], scale, digits) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _decimal(number, scale=1.0, digits=3):
+    """A number as text, ? where it is undefined: NaN, infinite, or null from a JSON file (one seed has no interval over
+    seeds, and a resample may leave a statistic undefined)."""
+    return f"{scale * number:.{digits}f}" if number is not None and math.isfinite(number) else "?"
 
 
 def claim(text, expected, value, low, high, threshold, above=True, note=""):
@@ -1046,8 +1077,7 @@ def claims_markdown(rows):
     """The claims as a Markdown table."""
     text = "| claim | expected | measured | 95% interval | verdict | note |\n|---|---|---|---|---|---|\n"
     for row in rows:
-        # Not finite (null in JSON): a single seed has no interval over seeds, a resample may leave a statistic undefined.
-        value, low, high = (f"{row[key]:.3f}" if row[key] is not None and math.isfinite(row[key]) else "?" for key in ("measured", "low", "high"))
+        value, low, high = (_decimal(row[key]) for key in ("measured", "low", "high"))
         text += f"| {row['claim']} | {row['expected']} | {value} | {low} to {high} | {row['verdict']} | {row['note']} |\n"
     return text
 

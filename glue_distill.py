@@ -23,12 +23,8 @@ below y = x.
 import argparse
 import csv
 import hashlib
-import json
 import math
 import re
-import shlex
-import signal
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -485,31 +481,18 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
     loss_sum, correct = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
 
     def save(path):
-        state = dict(step=step, model=network.state_dict(), optimizer=optimizer.state_dict(), history=history, loss_sum=loss_sum,
-                     correct=correct, spent=spent + time.perf_counter() - started, rng=torch.get_rng_state(),
-                     cuda_rng=torch.cuda.get_rng_state_all() if device.type == "cuda" else [])
-        common.write_atomic(path, lambda file: torch.save(state, file))
+        common.save_state(path, network, optimizer, step=step, history=history, loss_sum=loss_sum, correct=correct,
+                          spent=spent + time.perf_counter() - started)
 
     checkpoint = run / "checkpoint.pt"
     source = checkpoint if checkpoint.exists() else start_from
     if source is not None:
-        state = common.load_checkpoint(source, device)
-        try:
-            network.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, history, spent, loss_sum, correct = (state[name] for name in ("step", "history", "spent", "loss_sum", "correct"))
-            torch.set_rng_state(state["rng"].cpu())
-            if device.type == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise common.InputError(f"{source} does not fit this run ({str(error).splitlines()[0][:120]}): discard it with --overwrite") from None
+        step, history, spent, loss_sum, correct = common.restore_state(source, network, optimizer, per_epoch, total, device)
         if source == checkpoint and step < total and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
 
-    stop = []
-    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
-    try:
+    with bar, common.interruptible() as stop:
         for epoch in range(step // per_epoch, epochs):
             plan = batches(tokens.lengths, args.batch_size, *key, epoch)
             padded = sum(len(index) * int(tokens.lengths[index].max()) for index in plan)
@@ -547,21 +530,15 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
                 history.append(line)
                 loss_sum, correct, spent = torch.zeros_like(loss_sum), torch.zeros_like(correct), 0.0
                 started = time.perf_counter()
-                common.write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+                common.write_metrics(run, history)
                 if not args.quiet:
                     bar.write("  ".join([f"epoch {epoch + 1:3d}/{epochs}", f"train {line['train_loss']:.3f}", f"{line['seconds']:.1f} s"]
                                         + [f"{name} {value:.4g}" for name, value in line.items() if name.startswith("test_")]))
             if stop or step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
             if stop:
-                print(f"{run}: saved at step {step} of {total}; continue with: "
-                      f"{shlex.join(['python', Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != '--overwrite')])}")
-                raise SystemExit(130)
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    common.write_text(run / "metrics.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+                common.exit_interrupted(run, step, total)
+    common.write_metrics(run, history)
     return history
 
 
