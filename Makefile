@@ -7,10 +7,11 @@ PY := .venv/bin/python
 DATA ?= digits
 ARCH ?= resnet8
 RECIPE ?= quick
+DATA_DIR ?= data
 SEEDS ?= 0 1 2 3 4
 FLAGS ?=
 NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
-COMMON := --data "$(DATA)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
+COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 RUNS = $(foreach seed,$(SEEDS),"runs/$(NAME)-$(1)-s$(seed)")
 
 # Digits gain nothing from more threads, and one thread rounds alike on machines of any size.
@@ -20,7 +21,7 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue clean
+.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu benchmark clean
 
 # Two chains side by side, one per core: the scripts of the second need nothing from the first.
 reproduce: .venv/ready
@@ -40,7 +41,7 @@ fig1b: .venv/ready
 	$(PY) switch_distill.py $(COMMON) --quiet --snapshot-at 0.05 --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
 
 fig-eigenspace: .venv/ready
-	$(PY) eigenspace.py --data "$(DATA)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"
+	$(PY) eigenspace.py --data "$(DATA)" --data-dir "$(DATA_DIR)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"
 
 # A third of the points, for time: `python denoise_gradients.py` takes all.
 fig-denoise: fig1b
@@ -53,6 +54,18 @@ GLUE_FLAGS ?=
 
 fig-glue: .venv/ready
 	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --quiet $(GLUE_FLAGS)
+
+# Figures 1a and 1b of all of CIFAR-100 on two CPU cores, about 70 minutes: teacher and one-hot control side by side, then
+# distillation and the switch, which share teacher logits.
+CIFAR100_CPU := runs/cifar100-cpu
+cifar100-cpu: .venv/ready
+	$(PY) switch_distill.py --data cifar100 --data-dir "$(DATA_DIR)" --arch resnet20 --epochs 30 --batch-size 128 --direction onehot2kd \
+	  --switch-at 0 0.5 1 --together $(FLAGS) --out $(CIFAR100_CPU) --results results/cifar100-cpu/fig1b
+	$(PY) analyze_deviation.py --teacher $(CIFAR100_CPU)-teacher-s0 --student $(CIFAR100_CPU)-kd-s0 --control $(CIFAR100_CPU)-onehot-s0 \
+	  --title "CIFAR-100, ResNet-20, 30 epochs" --out results/cifar100-cpu/fig1a
+
+benchmark: .venv/ready
+	$(PY) benchmark.py
 
 test: .venv/ready
 	$(PY) -m pytest -q test_smoke.py

@@ -6,21 +6,27 @@ float NCHW (channels_last in memory) in a batch; times are seconds; accuracies a
 in files.
 """
 import argparse
+import ctypes
+import functools
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +57,7 @@ def cli(main):
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'no file named'} "
                            "(check that the folder exists, is writable and has space left)"))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+        exit_interrupted()
 
 
 def first_line(error):
@@ -107,12 +112,13 @@ def read_json(path):
 
 
 def read_npz(path, keys):
-    """The arrays `keys` of an .npz as a dict; InputError when the file is missing, torn or lacks one of them."""
+    """The arrays `keys` (all of them for None) of an .npz as a dict; InputError when the file is missing, torn or lacks one."""
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys)}")
+            raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys or ['arrays'])}")
         with file:
+            keys = file.files if keys is None else keys
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
@@ -588,8 +594,11 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--milestones", type=number(float, 0), nargs="*", help="epochs at which the step schedule multiplies by 0.1")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay on all parameters")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
+    add("--view-seed", type=number(int, 0), help="seed of the augmentation alone: runs that share it see the same views, so that cached teacher logits serve all of them (default: the seed)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA and on CPUs with bf16 arithmetic (not for digits), else fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
+    add("--fast", action=argparse.BooleanOptionalAction, help="compile the model and, on CUDA, run each step as one CUDA graph (default: on CUDA)")
+    add("--together", action="store_true", help="train runs side by side: on a CPU one single-threaded process per core, on CUDA a stream for each")
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="one run for each seed")
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
@@ -627,9 +636,29 @@ def resolve(args):
     if args.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False   # fp32 means fp32: φ of a confident point needs all of its bits
         torch.backends.cudnn.benchmark = True     # every batch has the same shape
+    else:
+        keep_freed_memory()
     if args.precision == "auto":
-        args.precision = "bf16" if args.device == "cuda" else "fp32"
+        # The 8×8 digits are faster in fp32, and their numbers stay the same on every CPU.
+        args.precision = "bf16" if args.device == "cuda" or bf16_in_hardware() and args.data != "digits" else "fp32"
+    if args.fast is None:
+        args.fast = args.device == "cuda"   # measured on a CPU: compiling gains nothing over channels_last and bf16
     return args
+
+
+def bf16_in_hardware():
+    """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX). Emulated, bf16 is slower than fp32."""
+    return any(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)() for feature in ("avx512_bf16", "amx_tile"))
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that a step frees for the next step, instead of returning it to the system each time:
+    7 to 10% more images/s on a CPU. Without effect under other C libraries."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3   # numbers of malloc.h
+        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt(mmap_threshold, 32 * 2 ** 20)     # the most that glibc accepts
 
 
 def only_flags(args, *adders):
@@ -648,7 +677,8 @@ def data_from(args):
 # ---------------------------------------------------------------- run folders
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them.
-NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher", "snapshot_at")
+NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher", "snapshot_at",
+                "fast", "together", "teacher_cache")
 
 
 def run_folder(args, seed, default):
@@ -909,10 +939,10 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def exit_interrupted(run, step, total):
-    """Say how to continue a run that was interrupted and saved, and exit 130."""
+def exit_interrupted():
+    """Say how to continue what was interrupted and saved, and exit 130."""
     command = shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
-    print(f"{run}: saved at step {step} of {total}; continue with: {command}")
+    print(f"interrupted; continue with: {command}")
     raise SystemExit(130)
 
 
@@ -921,100 +951,347 @@ def write_metrics(run, history):
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
-def train(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=(), start_from=None):
-    """Train `model` in the run folder `run`, from its checkpoint if it has one, and leave logits.npz there.
+class TeacherLogits:
+    """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or looked up in a table.
 
+    source "live": a forward in every step. "views": one table [N · n_views, C] of every view of every image, made when it
+    is first needed and kept in memory. "epochs": a table [N, C] for each epoch of a stream of views (see `epoch_stream`),
+    kept in a file for all runs that follow the same stream. A teacher in eval mode treats each image alone, so all three
+    give the same logits, up to the rounding of convolutions over batches of other sizes; tables keep the model's precision.
+    """
+
+    def __init__(self, model, data, precision="fp32", source="live"):
+        self.model, self.data, self.precision, self.source = model, data, precision, source
+        self.sha256, self.table = weights_hash(model), None
+
+    @torch.no_grad()
+    def forward(self, images, model=None):
+        """Logits of a batch in the precision that the model gives them: float32, or bfloat16 under autocast."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
+            return (self.model if model is None else model)(images)
+
+    def fill(self, index, views):
+        """Logits [len(index), C] of images `index` in `views`, in batches."""
+        return torch.cat([self.forward(self.data.batch(*part)) for part in zip(index.split(500), views.split(500))])
+
+    def epoch_table(self, folder, stream, epoch, views):
+        """The table for one epoch, or None for a live teacher. views [N]: the view of every image under the key `stream`."""
+        n, device = len(views), views.device
+        if self.source == "views" and self.table is None:
+            every = torch.arange(self.data.n_views, device=device)
+            for index in torch.arange(n, device=device).split(max(1, 5000 // len(every))):
+                part = self.fill(index.repeat_interleave(len(every)), every.repeat(len(index)))
+                if self.table is None:
+                    self.table = part.new_empty(n * len(every), part.shape[1])
+                self.table[index[0] * len(every):(index[-1] + 1) * len(every)] = part
+        if self.source != "epochs":
+            return self.table
+        key = stream_seed(self.sha256, self.data.facts["sha256"], self.precision, self.data.n_views, stream)
+        file = Path(folder) / f"{key:016x}" / f"epoch-{epoch + 1:04d}.npz"
+        try:
+            (name, table), = read_npz(file, None).items()
+            table = torch.from_numpy(table).view(getattr(torch, name))
+            if table.shape != (n, self.data.classes):
+                raise InputError(f"{file} has the shape {list(table.shape)}")
+            return table.to(device)
+        except (InputError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+            if file.exists():
+                print(f"note: {first_line(error)}; it is made again")
+        table = self.fill(torch.arange(n, device=device), views)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # numpy knows no bfloat16: its bits go as int16, under the name of the true type.
+        bits = table.cpu().view(torch.int16) if table.dtype == torch.bfloat16 else table.cpu()
+        write_atomic(file, lambda out: np.savez(out, **{str(table.dtype).removeprefix("torch."): bits.numpy()}))
+        return table
+
+    def __call__(self, images, index, view, table, model=None):
+        """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]; `table` from `epoch_table`."""
+        if table is None:
+            return self.forward(images, model).float()
+        return table[index * self.data.n_views + view if self.source == "views" else index].float()
+
+
+def teacher_source(choice, data, args, students, streams, run):
+    """Choose where teacher logits come from, print the choice and return it: see `TeacherLogits`.
+
+    choice: --teacher-cache. students: epochs of distillation over all students of one teacher that this command trains;
+    streams: those of them that differ in their views. Counted in passes of the teacher over the training set, a table of
+    all views costs n_views. It may take half of the free memory, and tables of epochs half of the free disk.
+    """
+    per_view = len(data.y_train) * data.classes * (2 if args.precision == "bf16" else 4)
+    folder = next(parent for parent in Path(run).absolute().parents if parent.exists())
+    passes = {"live": students}
+    if streams * per_view < shutil.disk_usage(folder).free / 2:
+        passes["epochs"] = streams
+    if data.n_views * per_view < free_memory(data.device) / 2:
+        passes["views"] = data.n_views
+    if choice == "off" or not students:
+        passes = {"live": students}
+    elif choice == "on":
+        del passes["live"]
+        if not passes:
+            raise InputError(f"--teacher-cache on: tables of {data.n_views * per_view / 1e9:.1f} GB fit neither into memory nor on the disk: use auto or off")
+    source = min(passes, key=passes.get)
+    what = dict(live="teacher forward in every step", epochs="a table of each epoch's views", views=f"a table of all {data.n_views} views")[source]
+    if students:
+        print(f"teacher logits: {what} ({passes[source]:g} passes of the teacher for {students:g} epochs of students)")
+    return source
+
+
+def free_memory(device):
+    """Bytes of memory that are free on a device; on a CPU what the system counts as available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):   # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def training_step(model, optimizer, data, loss_fn, teacher, precision, sums, fast=False):
+    """step(index, view, ce_weight, kd_weight, table): one optimiser step; the loss and the hits are added to `sums`.
+
+    The readable reference of the fast paths. teacher: `TeacherLogits`; table: what its `epoch_table` gave, or False for
+    a step without the teacher. Nothing here waits for the device.
+    """
+    compiled = torch.compile(model) if fast else model
+    compiled_teacher = torch.compile(teacher.model) if fast and teacher else None
+
+    def step(index, view, ce_weight, kd_weight, table):
+        images, labels = data.batch(index, view), data.y_train[index]
+        # No cast cache: in a captured graph it would hand a later step the weights of an earlier one.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            logits = compiled(images)
+        logits = logits.float()
+        teacher_logits = None if table is False else teacher(images, index, view, table, compiled_teacher)
+        loss = loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        sums[0].add_(loss.detach())
+        sums[1].add_((logits.detach().argmax(1) == labels).sum())
+    return step
+
+
+def captured_step(step, model, optimizer, batch, sums):
+    """`step` as CUDA graphs, one with and one without the teacher: a step is then one launch instead of a thousand.
+
+    Indices, views and loss weights lie in device tensors that are filled before each replay, and the learning rate of
+    the optimizer must be a device tensor, so schedules, switches and epochs need no new capture.
+    """
+    index, view = (torch.zeros(batch, dtype=torch.long, device="cuda") for _ in range(2))
+    weights, graphs, held = torch.zeros(2, device="cuda"), {}, []
+
+    def capture(table):
+        # Warm-up steps compile and allocate, on a side stream as CUDA demands; what they changed is put back.
+        before = [value.clone() for value in (*model.state_dict().values(), *sums)]
+        momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values() if state.get("momentum_buffer") is not None]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(index, view, weights[0], weights[1], table)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(index, view, weights[0], weights[1], table)
+        with torch.no_grad():
+            for value, old in zip((*model.state_dict().values(), *sums), before):
+                value.copy_(old)
+            buffers = [state["momentum_buffer"] for state in optimizer.state.values() if state.get("momentum_buffer") is not None]
+            for k, buffer in enumerate(buffers):
+                buffer.copy_(momentum[k]) if momentum else buffer.zero_()
+        return graph
+
+    def replay(new_index, new_view, ce_weight, kd_weight, table):
+        kind = "no teacher" if table is False else "teacher"
+        if torch.is_tensor(table):   # it may be another one in each epoch, but the graph reads from the memory of the first
+            if held and held[-1] is not table:
+                held[0].copy_(table)
+            held[:] = [held[0] if held else table, table]
+            table = held[0]
+        index.copy_(new_index)
+        view.copy_(new_view)
+        weights[0].fill_(ce_weight)
+        weights[1].fill_(kd_weight)
+        if kind not in graphs:
+            graphs[kind] = capture(table)
+        graphs[kind].replay()
+    return replay
+
+
+class Interrupted(Exception):
+    """Thrown into a `training` generator to make it save and end."""
+
+
+def run_jobs(jobs, device="cpu", together=False):
+    """Train several runs to their ends. jobs: callables without arguments, each giving a generator such as `training`.
+
+    together: on a CPU each job in a process of its own with one thread, as many at a time as there are cores (jobs must
+    then be picklable: partials of top-level functions); on CUDA all in this process, a step each in turn, each on a
+    stream of its own, so that small steps fill the device together. The runs share nothing, so each ends as it would
+    alone. A SIGINT or SIGTERM lets each save, and exits 130.
+    """
+    if together and device == "cpu" and len(jobs) > 1:
+        return _run_in_processes(jobs)
+    for group in [jobs] if together else [[job] for job in jobs]:
+        if device == "cuda":
+            torch.cuda.synchronize()   # the data came by another stream
+        active = [(job(), torch.cuda.Stream() if device == "cuda" and len(group) > 1 else None) for job in group]
+        with interruptible() as stop:
+            while active:
+                stopping = bool(stop)
+                for pair in list(active):
+                    generator, stream = pair
+                    with torch.cuda.stream(stream) if stream else nullcontext():
+                        try:
+                            generator.throw(Interrupted()) if stopping else next(generator)
+                        except (StopIteration, Interrupted):
+                            active.remove(pair)
+        if stop:
+            exit_interrupted()
+
+
+def _job_process(pickled):
+    """One job in a process of its own, as the script itself would run it."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    cli(lambda: run_jobs([torch.load(io.BytesIO(pickled), weights_only=False)]))   # bytes of the parent, not of a file
+
+
+def _run_in_processes(jobs):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["common"])   # torch is imported once for all of them
+    waiting, active, codes = list(jobs), [], []
+    sys.stdout.flush()
+    with interruptible() as stop:
+        while active or waiting and not stop and not any(codes):
+            while waiting and len(active) < cores() and not stop and not any(codes):
+                pickled = io.BytesIO()   # torch's own pickling would put the data into /dev/shm, which is small in containers
+                torch.save(waiting.pop(0), pickled)
+                active.append(context.Process(target=_job_process, args=(pickled.getvalue(),)))
+                active[-1].start()
+            wait_for_any([process.sentinel for process in active], timeout=0.5)
+            for process in active:
+                if stop and process.is_alive():
+                    process.terminate()   # SIGTERM: it saves and ends
+            codes += [process.exitcode for process in active if not process.is_alive()]
+            active = [process for process in active if process.is_alive()]
+    if stop or 130 in codes:
+        exit_interrupted()
+    if 2 in codes:   # that process has said why
+        raise SystemExit(2)
+    if any(codes):
+        raise InputError(f"the process of a run ended with code {max(codes, key=abs)} (killed, perhaps for lack of memory): "
+                         "the same command goes on from what is finished")
+
+
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train(*run, **options):
+    """Train one run to its end; the arguments are those of `training`."""
+    run_jobs([functools.partial(training, *run, **options)])
+
+
+def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=None, snapshots=(), start_from=None):
+    """Generator that trains `model` in the run folder `run`, from its checkpoint if it has one, yielding before each step.
+
+    It leaves checkpoint.pt, metrics.jsonl and logits.npz there; drive it with `run_jobs`. `Interrupted` thrown into it
+    saves first; on a CPU the continued run ends in the same weights, bit for bit.
     loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight) -> scalar, where teacher_logits is None whenever
-    kd_weight is 0; weights_at(step) -> (ce_weight, kd_weight). snapshots: steps before which the state is also kept
-    as snapshot-<step>.pt. start_from: a checkpoint to begin with when the run folder has none. A SIGINT or SIGTERM
-    saves and exits 130; on a CPU the continued run ends in the same weights, bit for bit. Returns the last metrics.
+    kd_weight is 0, and the weights may be tensors; weights_at(step) -> (ce_weight, kd_weight); teacher: `TeacherLogits`,
+    or None for runs without distillation. snapshots: steps before which the state is also kept as snapshot-<step>.pt.
+    start_from: a checkpoint to begin with when the run folder has none.
     """
     per_epoch, total = total_steps(args, data)
     batch = min(args.batch_size, len(data.y_train))
     device = torch.device(args.device)
+    graphs = args.fast and device.type == "cuda"
     model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+    lr_tensor = torch.tensor(args.lr, device=device) if graphs else None
+    optimizer = torch.optim.SGD(model.parameters(), lr_tensor if graphs else args.lr, args.momentum, weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0, fused=device.type == "cuda")
     torch.manual_seed(stream_seed("dropout", role, seed))   # only models with dropout draw from it
     step, history, spent = 0, [], 0.0
-    loss_sum, correct = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
+    sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)   # loss, hits
 
     def save(path):
-        save_state(path, model, optimizer, step=step, history=history, loss_sum=loss_sum, correct=correct, spent=spent + time.perf_counter() - started)
+        save_state(path, model, optimizer, step=step, history=history, loss_sum=sums[0], correct=sums[1], spent=spent + time.perf_counter() - started)
+
+    def check_finite(test=None):
+        # Weights and outputs too: the loss of a step is older than what the step did to them.
+        numbers = [sums[0], *(p.detach().double().sum() for p in model.parameters()), *([] if test is None else [test.double().sum()])]
+        if not torch.isfinite(torch.stack(numbers)).all():
+            raise InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
+                             "or lengthen --warmup, and discard this run with --overwrite (its last good checkpoint is kept)")
 
     checkpoint = run / "checkpoint.pt"
     source = checkpoint if checkpoint.exists() else start_from
     if source is not None:
         step, history, spent, loss_sum, correct = restore_state(source, model, optimizer, per_epoch, total, device)
+        sums[0].copy_(loss_sum)
+        sums[1].copy_(correct)
         if source == checkpoint and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
 
-    bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
-    with bar, interruptible() as stop:
+    take_step = training_step(model, optimizer, data, loss_fn, teacher, args.precision, sums, args.fast)
+    if graphs:
+        take_step = captured_step(take_step, model, optimizer, batch, sums)
+    with tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet or args.together else None) as bar:
         for epoch in range(step // per_epoch, total // per_epoch):
-            order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, getattr(args, "view_seed", None)))
+            order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, args.view_seed))
             model.train()
-            started = time.perf_counter()
+            table, started = False, time.perf_counter()
             for within in range(step % per_epoch, per_epoch):
+                try:
+                    yield
+                except Interrupted:
+                    check_finite()
+                    save(checkpoint)
+                    print(f"{run}: saved at step {step} of {total}")
+                    raise
                 if step in snapshots:
                     save(run / f"snapshot-{step}.pt")
                 lr = learning_rate(step, args, per_epoch)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr_tensor.fill_(lr) if graphs else lr
                 ce_weight, kd_weight = weights_at(step)
-
+                if kd_weight and table is False:
+                    stream = (role, seed if args.view_seed is None else args.view_seed)
+                    table = teacher.epoch_table(run.parent / "teacher-logits", stream, epoch, views)
                 index = order[within * batch:(within + 1) * batch]
-                images, labels = data.batch(index, views[index]), data.y_train[index]
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    logits = model(images)
-                    with torch.no_grad():
-                        teacher_logits = teacher(images).float() if kd_weight else None
-                logits = logits.float()
-                loss = loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-                loss_sum += loss.detach()
-                correct += (logits.detach().argmax(1) == labels).sum()
+                take_step(index, views[index], ce_weight, kd_weight, table if kd_weight else False)
                 step += 1
                 bar.update()
-                if stop:
-                    break
             if device.type == "cuda":
-                torch.cuda.synchronize()   # once per epoch, so that the time is the device's
-            seconds, test = spent + time.perf_counter() - started, None
-            if step % per_epoch == 0 and ((epoch + 1) % args.eval_every == 0 or step == total):
-                test = logits_of(model, data, data.x_test)
-            # Weights and outputs too: the loss of a step is older than what the step did to them.
-            numbers = [loss_sum, *(p.detach().double().sum() for p in model.parameters()), *([] if test is None else [test.double().sum()])]
-            if not torch.isfinite(torch.stack(numbers)).all():
-                raise InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
-                                 "or lengthen --warmup, and discard this run with --overwrite (its last good checkpoint is kept)")
-            if step % per_epoch == 0:
-                line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight,
-                            train_loss=loss_sum.item() / per_epoch, train_acc=correct.item() / (per_epoch * batch),
-                            seconds=round(seconds, 3), images_per_s=round(per_epoch * batch / seconds, 1))
-                if test is not None:
-                    line["test_loss"] = F.cross_entropy(test, data.y_test).item()
-                    line["test_acc"] = (test.argmax(1) == data.y_test).double().mean().item()
-                    line["best_test_acc"] = max([line["test_acc"]] + [past["test_acc"] for past in history if "test_acc" in past])
-                history.append(line)
-                loss_sum, correct, spent = torch.zeros_like(loss_sum), torch.zeros_like(correct), 0.0
-                started = time.perf_counter()
-                write_metrics(run, history)
-                if not args.quiet:
-                    bar.write(_epoch_line(line, args.epochs))
-            if stop or step == total or (epoch + 1) % args.save_every == 0:
+                torch.cuda.current_stream().synchronize()   # once per epoch, so that the time is the device's
+            seconds = spent + time.perf_counter() - started
+            test = logits_of(model, data, data.x_test) if (epoch + 1) % args.eval_every == 0 or step == total else None
+            check_finite(test)
+            line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight,
+                        train_loss=sums[0].item() / per_epoch, train_acc=sums[1].item() / (per_epoch * batch),
+                        seconds=round(seconds, 3), images_per_s=round(per_epoch * batch / seconds, 1))
+            if test is not None:
+                line["test_loss"] = F.cross_entropy(test, data.y_test).item()
+                line["test_acc"] = (test.argmax(1) == data.y_test).double().mean().item()
+                line["best_test_acc"] = max([line["test_acc"]] + [past["test_acc"] for past in history if "test_acc" in past])
+            history.append(line)
+            for value in sums:
+                value.zero_()
+            spent, started = 0.0, time.perf_counter()
+            write_metrics(run, history)
+            if not args.quiet:
+                bar.write(_epoch_line(line, args.epochs))
+            if step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
-            if stop:
-                exit_interrupted(run, step, total)
     write_metrics(run, history)
     save_logits(run, model, data)
     print(f"{run}: test {100 * history[-1]['test_acc']:.2f}% (best {100 * history[-1]['best_test_acc']:.2f}%), "
           f"train {100 * history[-1]['train_acc']:.2f}%, {sum(line['seconds'] for line in history):.0f} s, "
           f"{np.median([line['images_per_s'] for line in history]):.0f} images/s")
-    return history[-1]
 
 
 def _epoch_line(line, epochs):

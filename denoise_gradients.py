@@ -39,6 +39,7 @@ of -0.01 with the held-out gradient, a smoothed one 0.03, a KD batch 0.39. Time:
 measuring, half of it with --points 512, beside 25 s to train its runs.
 """
 import argparse
+import functools
 import math
 from pathlib import Path
 
@@ -248,7 +249,7 @@ def teacher_run(args, seed, data, epochs):
     flags = common.only_flags(args, common.add_flags)
     flags.epochs, flags.warmup, flags.milestones = epochs, args.warmup * scale, [milestone * scale for milestone in args.milestones]
     run = teacher_folder(args, seed, epochs)
-    train_teacher(run, flags, seed, data)
+    common.run_jobs([functools.partial(train_teacher, run, flags, seed, data)], args.device)
     return run
 
 
@@ -281,7 +282,8 @@ def student_run(what, args, seed, data, teacher, smoothing):
                             targets="labels smoothed to the teacher's entropy"):   # the teacher and T say how much
             common.train(run, model, data, flags, "student", seed, loss_fn, lambda step: (1.0, 0.0), snapshots=set(steps.values()))
     else:
-        train_student(run, flags, seed, data, teacher if kd else None, snapshots=set(steps.values()))
+        source = common.TeacherLogits(teacher, data, args.precision) if kd else None
+        common.run_jobs([functools.partial(train_student, run, flags, seed, data, source, snapshots=set(steps.values()))], args.device)
     files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()}
     missing = [file.name for file in files.values() if not file.exists()]
     if missing:

@@ -537,7 +537,8 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
             if stop or step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
             if stop:
-                common.exit_interrupted(run, step, total)
+                print(f"{run}: saved at step {step} of {total}")
+                common.exit_interrupted()
     common.write_metrics(run, history)
     return history
 

@@ -18,6 +18,7 @@ Expected, digits with 30% label noise, 5 seeds, about 2 minutes on a CPU: one-ho
 `--recipe short`, one seed, a prototype on one H100: one-hot 71.8, KD 73.5, one-hot→KD at s=0.5 73.5, KD→one-hot 72.7.
 """
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,12 @@ ARROWS = {"onehot2kd": "one-hot → KD", "kd2onehot": "KD → one-hot"}
 
 def switched_weights(before, after, switch_step, window=0):
     """weights_at(step) -> (ce_weight, kd_weight): `before`, then from switch_step on `after`, linearly over `window` steps."""
-    def weights_at(step):
-        share = min(1.0, max(0.0, (step - switch_step) / window)) if window else float(step >= switch_step)
-        return tuple((1 - share) * b + share * a for b, a in zip(before, after))
-    return weights_at
+    return functools.partial(_weights_at, before, after, switch_step, window)   # a partial can go to another process
+
+
+def _weights_at(before, after, switch_step, window, step):
+    share = min(1.0, max(0.0, (step - switch_step) / window)) if window else float(step >= switch_step)
+    return tuple((1 - share) * b + share * a for b, a in zip(before, after))
 
 
 def run_folders(base, options, seed, steps, total):
@@ -59,33 +62,51 @@ def latest_snapshot(run, step):
     return None
 
 
-def train_seed(base, args, options, seed, data, teacher, steps):
-    """Train both trunks and every branch of one seed, unless they are finished.
+def train_seeds(base, args, options, data, teacher_runs, steps):
+    """Train teachers, both trunks and every branch of all seeds, unless they are finished.
 
-    base: prefix of the run folders; teacher: model; steps: {s: step of the switch}. Returns what `run_folders` does.
+    base: prefix of the run folders; teacher_runs: {seed: run folder}, trained here unless --teacher was given;
+    steps: {s: step of the switch}. Returns what `run_folders` does, as two dicts over seeds.
     """
-    _, total = common.total_steps(args, data)
+    per_epoch, total = common.total_steps(args, data)
     weights = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
-    folders, trunks = run_folders(base, options, seed, steps, total)
+    both = {seed: run_folders(base, options, seed, steps, total) for seed in teacher_runs}
+    folders, trunks = ({seed: pair[k] for seed, pair in both.items()} for k in (0, 1))
+    kept = {step for step in steps.values() if 0 < step < total} | {round(share * total) for share in args.snapshot_at}
 
-    def train(run, name, **more):
+    def student(run, name, seed, teacher=None, **more):   # the same runs as train_student.py makes
         ce_weight, kd_weight = weights[name]
-        train_student(run, argparse.Namespace(**dict(vars(args), ce_weight=ce_weight, kd_weight=kd_weight)), seed, data, **more)
+        flags = argparse.Namespace(**dict(vars(args), ce_weight=ce_weight, kd_weight=kd_weight))
+        return functools.partial(train_student, run, flags, seed, data, teacher, **more)
 
-    # The same runs as train_student.py makes, so a one-hot run knows no teacher.
-    kept = set(steps.values()) | {round(share * total) for share in args.snapshot_at}
-    train(trunks["onehot"], "onehot", teacher=None, snapshots=kept)
-    train(trunks["kd"], "kd", teacher=teacher, snapshots=kept)
-    for direction in options.direction:
+    def branches(direction, teachers):
         before, after = SWITCHES[direction]
-        for s, step in steps.items():
-            run = folders[direction, s]
-            if run in trunks.values():
-                continue
-            # From the latest state of the trunk before the switch. Without one (the trunk was trained by another script,
-            # or with other switches) the branch is trained from the start: slower, with the same result.
-            train(run, after, teacher=teacher, weights_at=switched_weights(weights[before], weights[after], step, options.window),
-                  start_from=latest_snapshot(trunks[before], step), switch=dict(direction=direction, step=step, window=options.window))
+        for seed in folders:
+            for s, step in steps.items():
+                run = folders[seed][direction, s]
+                if run not in trunks[seed].values():
+                    # From the latest state of the trunk before the switch. Without one (the trunk was trained by another
+                    # script, or with other switches) the branch is trained from the start: slower, with the same result.
+                    yield student(run, after, seed, teachers[seed], weights_at=switched_weights(weights[before], weights[after], step, options.window),
+                                  start_from=latest_snapshot(trunks[seed][before], step), switch=dict(direction=direction, step=step, window=options.window))
+
+    # First what needs no teacher; a one-hot trunk knows none.
+    jobs = [] if args.teacher else [functools.partial(train_teacher, run, common.only_flags(args, common.add_flags), seed, data) for seed, run in teacher_runs.items()]
+    jobs += [student(trunks[seed]["onehot"], "onehot", seed, snapshots=kept) for seed in teacher_runs]
+    common.run_jobs(jobs, args.device, args.together)
+
+    models = {run: common.load_teacher(run, data) for run in sorted(set(teacher_runs.values()))}
+    epochs = total / per_epoch * len(teacher_runs) / len(models)   # of the KD trunks of one teacher
+    switched = sum(total - step for step in steps.values() if 0 < step < total) / total if "onehot2kd" in options.direction else 0
+    source = common.teacher_source(args.teacher_cache, data, args, epochs * (1 + switched), epochs if args.view_seed is None else total / per_epoch, trunks[args.seeds[0]]["kd"])
+    of_run = {run: common.TeacherLogits(model, data, args.precision, source) for run, model in models.items()}
+    teachers = {seed: of_run[run] for seed, run in teacher_runs.items()}
+    jobs = [student(trunks[seed]["kd"], "kd", seed, teachers[seed], snapshots=kept) for seed in teacher_runs]
+    if "onehot2kd" in options.direction:
+        jobs += branches("onehot2kd", teachers)
+    common.run_jobs(jobs, args.device, args.together)
+    if "kd2onehot" in options.direction:
+        common.run_jobs(list(branches("kd2onehot", teachers)), args.device, args.together)
     return folders, trunks
 
 
@@ -177,8 +198,9 @@ def teacher_rows(base, args, options, data, seeds):
         for seed, teacher, student in zip(seeds, teachers, students):
             flags = common.only_flags(args, common.add_flags)
             flags.stop_epoch = epochs if early else flags.stop_epoch
-            train_teacher(teacher, flags, seed, data)
-            train_student(student, args, seed, data, common.load_teacher(teacher, data))
+            common.run_jobs([functools.partial(train_teacher, teacher, flags, seed, data)], args.device)
+            source = common.TeacherLogits(common.load_teacher(teacher, data), data, args.precision)
+            common.run_jobs([functools.partial(train_student, student, args, seed, data, source)], args.device)
         draws = [accuracy_sums(runs, options.bootstrap, np.random.default_rng(1)) for seed, runs in zip(seeds, zip(students, onehots))]
         points = analyze_deviation.points_from_runs(teachers, students, onehots)
         row = dict(epochs=epochs, gain=analyze_deviation.combine(draws, np.random.default_rng(2), lambda m: m[:, 0] - m[:, 1]),
@@ -304,12 +326,8 @@ def main(argv=None):
     planned += [] if args.teacher else [Path(f"{base}-teacher-s{seed}") for seed in seeds]
     planned += [Path(f"{base}-{name}-e{epochs}-s{seed}") for seed in seeds for epochs in options.teacher_epochs for name in ("teacher", "kd")]
     common.discard_runs(args, planned)
-    folders, trunks, teachers = {}, {}, {}
-    for seed in seeds:
-        teachers[seed] = Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}")
-        if not args.teacher:
-            train_teacher(teachers[seed], common.only_flags(args, common.add_flags), seed, data)
-        folders[seed], trunks[seed] = train_seed(base, args, options, seed, data, common.load_teacher(teachers[seed], data), steps)
+    teachers = {seed: Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}") for seed in seeds}
+    folders, trunks = train_seeds(base, args, options, data, teachers, steps)
 
     over = common.scope(len(seeds), len(set(teachers.values())))
     rows = switch_table(folders, trunks, teachers, seeds, options.bootstrap)

@@ -367,7 +367,7 @@ def test_kd_loss_and_its_gradient_match_the_float64_formula(temperature):
 
 
 def schedule(**flags):
-    args = dict(data="cifar100", recipe="paper", seeds=[0], device="cpu", precision="fp32", stop_epoch=None, **{k: None for k in common.RECIPES["paper"]})
+    args = dict(data="cifar100", recipe="paper", seeds=[0], device="cpu", precision="fp32", fast=None, stop_epoch=None, **{k: None for k in common.RECIPES["paper"]})
     return common.resolve(SimpleNamespace(**dict(args, **flags)))
 
 
@@ -387,7 +387,7 @@ def test_student_loss_is_the_weighted_sum(runs, monkeypatch):
     """The loss that train_student.py hands to the engine is ce_weight·CE + kd_weight·T²·KL."""
     import train_student
     seen = {}
-    monkeypatch.setattr(common, "train", lambda *args, **kwargs: seen.update(loss_fn=args[6], weights=args[7](0)))
+    monkeypatch.setattr(common, "training", lambda *args, **kwargs: seen.update(loss_fn=args[6], weights=args[7](0)) or iter(()))
     monkeypatch.chdir(runs)
     train_student.main([*TINY, "--teacher", "runs/teacher-s0", "--kd-weight", "0.7", "--ce-weight", "0.2", "--temperature", "3", "--out", "runs/weighted"])
     z, t, y = torch.randn(5, 10), torch.randn(5, 10), torch.arange(5)
@@ -427,7 +427,8 @@ def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(runs, monke
     import train_teacher
     keys = {}
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(common, "train", lambda run, model, data, args, role, seed, *rest, **more: keys.update({run.name: (common.weights_hash(model), role, seed)}))
+    monkeypatch.setattr(common, "training", lambda run, model, data, args, role, seed, *rest, **more:
+                        keys.update({run.name: (common.weights_hash(model), role, seed)}) or iter(()))
     train_teacher.main([*TINY, "--out", "runs/paired-teacher"])
     train_student.main([*TINY, "--teacher", "runs/teacher-s0", "--out", "runs/paired-kd"])
     train_student.main([*TINY, "--kd-weight", "0", "--ce-weight", "1", "--out", "runs/paired-onehot"])

@@ -11,6 +11,7 @@ control (95% intervals over 5 seeds). CIFAR-100, ResNet-56 self-distillation, `-
 the control (one seed, a prototype on one H100).
 """
 import argparse
+import functools
 
 import torch.nn.functional as F
 
@@ -23,29 +24,30 @@ def add_student_flags(parser):
     parser.add_argument("--kd-weight", type=common.number(float, 0), default=1.0, help="weight of the distillation term")
     parser.add_argument("--ce-weight", type=common.number(float, 0), default=0.0, help="weight of the one-hot term")
     parser.add_argument("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens both teacher and student in the distillation term")
+    parser.add_argument("--teacher-cache", choices=("auto", "on", "off"), default="auto", help="look teacher logits up in a table instead of computing them in every step; auto: where that saves time")
     parser.add_argument("--snapshot-at", type=common.number(float, 0, 1), nargs="*", default=[], help="shares of training at which to keep the state, for switch_distill.py and denoise_gradients.py")
 
 
 def train_student(run, args, seed, data, teacher, weights_at=None, snapshots=(), start_from=None, **facts):
-    """Train one student in the run folder `run`; nothing happens when it is finished already.
+    """Generator, for `common.run_jobs`, that trains one student in the run folder `run`, unless it is finished already.
 
-    teacher: a model in eval mode, or None for a one-hot student. weights_at(step) -> (ce_weight, kd_weight), by
-    default the two flags throughout. facts go into config.json and are compared. The rest as in `common.train`.
+    teacher: `common.TeacherLogits`, or None for a one-hot student. weights_at(step) -> (ce_weight, kd_weight), by
+    default the two flags throughout. facts go into config.json and are compared. The rest as in `common.training`.
     """
     if teacher is None:   # no distillation term: one control serves all temperatures
         args = argparse.Namespace(**dict(vars(args), temperature=None))
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-    teacher_sha256 = common.weights_hash(teacher) if teacher else None
+    teacher_sha256 = teacher.sha256 if teacher else None
     if not common.start_run(run, args, "student", seed, data, model, teacher_sha256=teacher_sha256, **facts):
         return
 
     def loss_fn(student_logits, labels, teacher_logits, ce_weight, kd_weight):
-        ce = F.cross_entropy(student_logits, labels) if ce_weight else 0.0
-        kd = common.kd_loss(student_logits, teacher_logits, args.temperature) if kd_weight else 0.0
+        ce = F.cross_entropy(student_logits, labels)
+        kd = common.kd_loss(student_logits, teacher_logits, args.temperature) if teacher_logits is not None else 0.0
         return ce_weight * ce + kd_weight * kd
 
     weights_at = weights_at or (lambda step: (args.ce_weight, args.kd_weight))
-    common.train(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
+    yield from common.training(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
 
 
 def main(argv=None):
@@ -65,11 +67,15 @@ def main(argv=None):
     runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-{what}") for seed in args.seeds}
     # A one-hot student depends on no teacher, so one control serves the students of any teacher.
     names = {seed: args.teacher.replace("{seed}", str(seed)) if args.kd_weight else None for seed in args.seeds}
-    teachers = {name: common.load_teacher(name, data) if name else None for name in set(names.values())}
+    models = {name: common.load_teacher(name, data) for name in sorted(set(names.values()) - {None})}
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
     common.discard_runs(args, runs.values())
-    for seed, run in runs.items():
-        train_student(run, common.only_flags(args, common.add_flags, add_student_flags), seed, data, teachers[names[seed]], snapshots=snapshots)
+    flags = common.only_flags(args, common.add_flags, add_student_flags)
+    epochs = (args.stop_epoch or args.epochs) * len(args.seeds) / max(1, len(models))   # of students per teacher
+    source = common.teacher_source(args.teacher_cache, data, args, epochs, epochs if args.view_seed is None else min(epochs, args.epochs), runs[args.seeds[0]]) if models else None
+    teachers = {name: common.TeacherLogits(model, data, args.precision, source) for name, model in models.items()}
+    common.run_jobs([functools.partial(train_student, run, flags, seed, data, teachers.get(names[seed]), snapshots=snapshots)
+                     for seed, run in runs.items()], args.device, args.together)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ CIFAR-100, ResNet-56, `--recipe short`: 71.6% in 80 epochs (one seed, a prototyp
 Writes a run folder: config.json, metrics.jsonl (one line per epoch), checkpoint.pt, logits.npz. Interrupt it at any
 time; the same command continues it.
 """
+import functools
+
 import torch.nn.functional as F
 
 import common
 
 
 def train_teacher(run, args, seed, data):
-    """Train one teacher in the run folder `run`; nothing happens when it is finished already."""
+    """Generator, for `common.run_jobs`, that trains one teacher in the run folder `run`, unless it is finished already."""
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
     if not common.start_run(run, args, "teacher", seed, data, model):
         return
@@ -23,7 +25,7 @@ def train_teacher(run, args, seed, data):
     def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
         return F.cross_entropy(logits, labels)
 
-    common.train(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
+    yield from common.training(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
 
 
 def main(argv=None):
@@ -34,8 +36,7 @@ def main(argv=None):
     runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-teacher") for seed in args.seeds}
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
     common.discard_runs(args, runs.values())
-    for seed, run in runs.items():
-        train_teacher(run, args, seed, data)
+    common.run_jobs([functools.partial(train_teacher, run, args, seed, data) for seed, run in runs.items()], args.device, args.together)
 
 
 if __name__ == "__main__":
