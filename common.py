@@ -629,21 +629,27 @@ def resolve(args):
         raise InputError(f"--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}: give at most {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is visible; use --device cpu")
-    if args.device == "cuda":
-        torch.backends.cudnn.allow_tf32 = False   # fp32 means fp32: φ of a confident point needs all of its bits
-        torch.backends.cudnn.benchmark = True     # every batch has the same shape
-    else:
-        keep_freed_memory()
+    args.device = resolve_device(args.device)
     if args.precision == "auto":
         # The 8×8 digits are faster in fp32, and their numbers stay the same on every CPU.
         args.precision = "bf16" if args.device == "cuda" or bf16_in_hardware() and args.data != "digits" else "fp32"
     if args.fast is None:
         args.fast = args.device == "cuda"   # measured on a CPU: compiling gains nothing over channels_last and bf16
     return args
+
+
+def resolve_device(device):
+    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; use --device cpu")
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False   # fp32 means fp32: φ of a confident point needs all of its bits
+        torch.backends.cudnn.benchmark = True     # every batch has the same shape
+    else:
+        keep_freed_memory()
+    return device
 
 
 def bf16_in_hardware():
@@ -1079,8 +1085,9 @@ def captured_step(step, model, optimizer, batch, sums):
     Indices, views and loss weights lie in device tensors that are filled before each replay, and the learning rate of
     the optimizer must be a device tensor, so schedules, switches and epochs need no new capture.
     """
-    index, view = (torch.zeros(batch, dtype=torch.long, device="cuda") for _ in range(2))
-    weights, graphs, held = torch.zeros(2, device="cuda"), {}, []
+    device = sums[0].device
+    index, view = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
+    weights, graphs, held = torch.zeros(2, device=device), {}, []
 
     def capture(table):
         # Warm-up steps compile and allocate, on a side stream as CUDA demands; what they changed is put back.
