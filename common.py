@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
@@ -34,6 +35,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 # ---------------------------------------------------------------- errors, atomic files
 
@@ -154,7 +160,8 @@ class Data:
 
     x_train [N, H, W, C] and x_test uint8; y_train int64 with label noise, y_clean without; index [N] the position of
     each training image in the full training set; mean, std [C] of the full training set in 0..1 units; pad pixels of
-    random shift in each direction; flip whether half of the views are mirrored; facts for config.json.
+    random shift in each direction; flip whether half of the views are mirrored; facts for config.json. Where the images
+    do not fit on the device, x_train and x_test are `ImageFiles` instead.
     """
     x_train: torch.Tensor
     y_train: torch.Tensor
@@ -170,13 +177,20 @@ class Data:
     facts: dict
 
     def __post_init__(self):
-        # Padded with black before normalisation, which is what torchvision's RandomCrop(padding=p) does.
-        self.padded = F.pad(self.x_train, (0, 0, self.pad, self.pad, self.pad, self.pad))
+        self.padded = None if self.streams else self.pad_black(self.x_train)
         self.ramp = torch.arange(self.x_train.shape[1], device=self.device)
 
     @property
     def device(self):
-        return self.x_train.device
+        return self.y_train.device
+
+    @property
+    def streams(self):
+        return isinstance(self.x_train, ImageFiles)
+
+    def pad_black(self, images):
+        """With black before normalisation, which is what torchvision's RandomCrop(padding=p) does."""
+        return F.pad(images, (0, 0, self.pad, self.pad, self.pad, self.pad))
 
     @property
     def shifts(self):
@@ -191,21 +205,68 @@ class Data:
         view = dy * self.shifts + dx
         return view * 2 + flip if self.flip else view
 
-    def batch(self, index, view):
-        """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B] (see view_id)."""
+    def batch(self, index, view, images=None):
+        """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B] (see view_id).
+
+        images: uint8 [B, H, W, C] of these images, where they have been read from files already.
+        """
+        if self.streams:
+            images = self.x_train[index] if images is None else images
+            padded, index = self.pad_black(images.to(self.device, non_blocking=True)), torch.arange(len(index), device=self.device)
+        else:
+            padded = self.padded
         flip = (view % 2).bool() if self.flip else torch.zeros_like(view, dtype=torch.bool)
         shift = view // 2 if self.flip else view
         dy, dx = (shift // self.shifts).view(-1, 1, 1), (shift % self.shifts).view(-1, 1, 1)
         rows = dy + self.ramp.view(1, -1, 1)
         cols = dx + torch.where(flip.view(-1, 1, 1), self.ramp.flip(0).view(1, 1, -1), self.ramp.view(1, 1, -1))
-        return self.normalise(self.padded[index.view(-1, 1, 1), rows, cols])
+        return self.normalise(padded[index.view(-1, 1, 1), rows, cols])
 
     def normalise(self, images):
-        """uint8 [B, H, W, C] to normalised float [B, C, H, W], channels_last in memory."""
-        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        """uint8 [B, H, W, C] to normalised float [B, C, H, W] on the device, channels_last in memory."""
+        return ((images.to(self.device).float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def loader(self, indices):
+        """uint8 batches of the training images in each of `indices`, in that order, read ahead by worker processes."""
+        workers = min(8, max(1, cores() - 1))
+        return torch.utils.data.DataLoader(self.x_train, batch_sampler=[index.tolist() for index in indices], num_workers=workers, pin_memory=self.device.type == "cuda")
 
 
-def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, image_size=None, device="cpu"):
+class ImageFiles(torch.utils.data.Dataset):
+    """uint8 images [N, side, side, 3] in files, read when they are asked for; looks like an array of them."""
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, files, side):
+        self.files, self.side = list(files), side
+
+    @property
+    def shape(self):
+        return len(self.files), self.side, self.side, 3
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, chosen):
+        """One image [side, side, 3] for an int; a batch [B, side, side, 3] for a slice or a tensor of indices."""
+        if isinstance(chosen, int):
+            return torch.from_numpy(read_image(self.files[chosen], self.side))
+        with ThreadPoolExecutor(cores()) as pool:   # PIL decodes outside of the interpreter's lock
+            return torch.stack(list(pool.map(self.__getitem__, torch.arange(len(self))[chosen].tolist())))
+
+    def subset(self, index):
+        return ImageFiles([self.files[k] for k in index], self.side)
+
+    def listing(self):
+        """Bytes that stand for the content: names and sizes of all files (reading them all would take hours)."""
+        return "\n".join(f"{'/'.join(Path(file).parts[-2:])} {os.path.getsize(file)}" for file in self.files).encode()
+
+
+def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, image_size=None, device="cpu", loader="device"):
     """Load a dataset onto `device` as `Data`.
 
     name: digits, cifar10, cifar100, tiny-imagenet, npz:PATH (the four arrays of `ARRAYS`) or folder:PATH
@@ -213,9 +274,12 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     label_noise P: each training label is replaced with probability P by a uniformly drawn other class; the draw
     depends on data_seed and on the position in the full training set alone, so every run, subset and architecture
     sees the same noise. None means 0.3 for digits (which are too easy to tell losses apart) and 0 elsewhere.
+    loader: device, or for folder:PATH also stream (images stay in their files) or auto (stream what does not fit).
     Errors: InputError for an unknown name, unreadable files, bad arrays, or a subset larger than the data.
     """
-    arrays = load_arrays(name, Path(data_dir), image_size)
+    if loader == "stream" and not name.startswith("folder:"):
+        raise InputError(f"--loader stream reads folder:PATH only, and {name} fits into memory: leave it out")
+    arrays = load_arrays(name, Path(data_dir), image_size, loader, torch.device(device))
     x_train, y_clean, x_test, y_test = (arrays[key] for key in ARRAYS)
     classes = int(max(y_clean.max(), y_test.max())) + 1
     label_noise = (0.3 if name == "digits" else 0.0) if label_noise is None else label_noise
@@ -224,9 +288,10 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
                          f"use at most {len(x_train)}, or 0 for all")
 
     # Statistics of the full training set, so that a subset is normalised like the whole (0..1 units).
-    channels = range(x_train.shape[3])
+    streams, channels = isinstance(x_train, ImageFiles), range(x_train.shape[3])
+    seen = x_train[::max(1, len(x_train) // 4096)].numpy() if streams else x_train   # a sample of files, evenly spaced
     histogram = sum(np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in channels])
-                    for part in np.array_split(x_train, max(1, len(x_train) // 256)))   # in parts: bincount copies to int64
+                    for part in np.array_split(seen, max(1, len(seen) // 256)))   # in parts: bincount copies to int64
     levels = np.arange(256) / 255
     mean = np.array([(h * levels).sum() / h.sum() for h in histogram])
     std = np.array([np.sqrt((h * (levels - m) ** 2).sum() / h.sum()) for h, m in zip(histogram, mean)])
@@ -246,20 +311,20 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
             rank[members] = np.arange(len(members))
         index = np.sort(shuffle[np.argsort(rank[shuffle], kind="stable")[:subset]])
 
-    x_train, y_train, y_clean = x_train[index], y_train[index], y_clean[index]
+    x_train, y_train, y_clean = x_train.subset(index) if streams else x_train[index], y_train[index], y_clean[index]
     digest = hashlib.sha256()
     for array in (x_train, y_train, y_clean, x_test, y_test):
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.listing() if isinstance(array, ImageFiles) else np.ascontiguousarray(array).data)
     facts = dict(name=name, classes=classes, image=list(x_train.shape[1:]), n_train=len(x_train), n_test=len(x_test),
                  subset=subset, label_noise=label_noise, flipped=int((y_train != y_clean).sum()), data_seed=data_seed,
                  sha256=digest.hexdigest())
-    tensor = lambda array: torch.as_tensor(np.ascontiguousarray(array)).to(device)
+    tensor = lambda array: array if isinstance(array, ImageFiles) else torch.as_tensor(np.ascontiguousarray(array)).to(device)
     return Data(tensor(x_train), tensor(y_train), tensor(y_clean), tensor(index), tensor(x_test), tensor(y_test),
                 mean=tensor(mean).float(), std=tensor(np.maximum(std, 1e-6)).float(), classes=classes,
                 pad=1 if name == "digits" else 4, flip=name != "digits", facts=facts)
 
 
-def load_arrays(name, data_dir, image_size=None):
+def load_arrays(name, data_dir, image_size=None, loader="device", device=torch.device("cpu")):
     """The four arrays of a dataset (see `load_data`): prepared file first, then the original layout, then download."""
     if name == "digits":
         return digits_arrays()
@@ -268,8 +333,16 @@ def load_arrays(name, data_dir, image_size=None):
     if name.startswith("folder:"):
         root = Path(name[7:])
         test = next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
-        train = image_folder(root / "train", image_size)
-        return check_arrays(dict(zip(ARRAYS, train[:2] + image_folder(test, image_size, train[2])[:2])), root)
+        (files, labels, names), (test_files, test_labels, test_names) = image_files(root / "train"), image_files(test)
+        if test_names != names:
+            raise InputError(f"{test} has other class folders than {root / 'train'}: give both the same")
+        side = image_size or read_image(files[0]).shape[0]
+        # On the device the training images lie twice, once with their border.
+        stream = loader == "stream" or loader == "auto" and 3 * 3 * side ** 2 * (len(files) + len(test_files)) > free_memory(device) / 2
+        if loader == "auto" and stream:
+            print(f"{root}: {len(files)} images are streamed from their files; --loader device would load them all")
+        read = functools.partial(ImageFiles, side=side) if stream else functools.partial(read_images, image_size=image_size)
+        return check_arrays(dict(zip(ARRAYS, (read(files), labels, read(test_files), test_labels))), root)
     if name not in DATASETS:
         raise InputError(f"unknown --data {name!r}: use {', '.join(DATASETS)}, npz:PATH or folder:PATH")
     prepared = data_dir / f"{name}.npz"
@@ -347,40 +420,42 @@ def tiny_imagenet_arrays(name, data_dir):
         except Exception as error:
             raise InputError(f"tiny-imagenet could not be fetched or unpacked ({first_line(error)}): put a whole tiny-imagenet-200.zip or "
                              f"the folder tiny-imagenet-200 into {data_dir}") from None
-    x_train, y_train, names = image_folder(root / "train", 64)
+    files, y_train, names = image_files(root / "train")
     try:
         lines = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
         labels = np.array([names.index(wnid) for _, wnid in lines])
     except (OSError, ValueError) as error:
         raise InputError(f"{root}/val/val_annotations.txt cannot be read ({error}): unpack the archive again") from None
-    return dict(zip(ARRAYS, (x_train, y_train, read_images([root / "val/images" / file for file, _ in lines], 64), labels)))
+    return dict(zip(ARRAYS, (read_images(files, 64), y_train, read_images([root / "val/images" / file for file, _ in lines], 64), labels)))
 
 
-def image_folder(root, image_size=None, names=None):
-    """Images and labels of root/<class>/**, and the class names; `names` demands those classes."""
+def image_files(root):
+    """Files and labels of root/<class>/**, and the class names."""
     from torchvision.datasets import ImageFolder
     try:
         folder = ImageFolder(root)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{root} is not a folder of class folders with images: {first_line(error)}") from None
-    if names is not None and folder.classes != names:
-        raise InputError(f"{root} has the classes {folder.classes[:5]}…, train has {names[:5]}…: give both the same folders")
     files, labels = zip(*folder.samples)
-    return read_images(files, image_size), np.array(labels), folder.classes
+    return files, np.array(labels), folder.classes
+
+
+def read_image(file, side=None):
+    """uint8 [H, W, 3] of an image file; `side` resizes the short side and crops the centre."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+    except Exception as error:   # PIL raises many kinds on a damaged file
+        raise InputError(f"{file} is not a readable image ({first_line(error)}): replace or remove it") from None
+    return np.array(ImageOps.fit(image, (side, side)) if side else image)
 
 
 def read_images(files, image_size=None):
-    """uint8 [N, H, H, 3] of image files; image_size resizes the short side and crops the centre, else sizes must agree."""
-    from PIL import Image, ImageOps
+    """uint8 [N, H, H, 3] of image files (see `read_image`); without image_size their sizes must agree."""
     images = None
     for k, file in enumerate(tqdm(files, desc="reading images", disable=None)):
-        try:
-            image = Image.open(file).convert("RGB")
-        except Exception as error:   # PIL raises many kinds on a damaged file
-            raise InputError(f"{file} is not a readable image ({error}): replace or remove it") from None
-        if image_size:
-            image = ImageOps.fit(image, (image_size, image_size))
-        pixels = np.asarray(image)
+        pixels = read_image(file, image_size)
         images = np.empty((len(files), *pixels.shape), np.uint8) if images is None else images
         if pixels.shape != images.shape[1:]:
             raise InputError(f"{file} is {pixels.shape[:2]}, the others {images.shape[1:3]}: give --image-size to resize")
@@ -582,6 +657,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--label-noise", type=number(float, 0, 1, open_high=True), help="share of training labels replaced by another class (default: 0.3 for digits, else 0)")
     add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
     add("--image-size", type=number(int, 8), help="resize the images of folder:PATH to this side")
+    add("--loader", choices=("auto", "device", "stream"), default="auto", help="images of folder:PATH all on the device, or read from their files as they are needed (auto: by memory)")
     add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
     add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the channels of the model")
     add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the eight flags below")
@@ -607,8 +683,29 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
 
 
-def resolve(args):
-    """Fill in what the flags left to the recipe and the machine; returns args."""
+def shard(text):
+    """argparse type of --shard: "i/n" as (i, n), 0 <= i < n."""
+    i, n = map(int, text.split("/"))
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"{text} must be i/n with i from 0 to n-1")
+    return i, n
+
+
+def add_shard_flag(parser):
+    """--shard, for the scripts that train a run for each seed."""
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/n: train only every n-th seed, beginning with the i-th (from 0), as one of n jobs that know nothing of each other")
+
+
+def shard_of(args):
+    """The seeds of this shard."""
+    seeds = args.seeds[args.shard[0]::args.shard[1]]
+    if not seeds:
+        print(f"shard {args.shard[0]}/{args.shard[1]}: no seed is left for it")
+    return seeds
+
+
+def resolve(args, distributed=False):
+    """Fill in what the flags left to the recipe and the machine; returns args. distributed: as for `resolve_device`."""
     recipe = args.recipe
     if recipe == "paper" and args.data == "tiny-imagenet":
         recipe = "paper tiny-imagenet"
@@ -629,7 +726,9 @@ def resolve(args):
         raise InputError(f"--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}: give at most {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
-    args.device = resolve_device(args.device)
+    args.device = resolve_device(args.device, distributed)
+    if args.batch_size % ranks()[1]:
+        raise InputError(f"--batch-size {args.batch_size} does not split over {ranks()[1]} processes: give a multiple")
     if args.precision == "auto":
         # The 8×8 digits are faster in fp32, and their numbers stay the same on every CPU.
         args.precision = "bf16" if args.device == "cuda" or bf16_in_hardware() and args.data != "digits" else "fp32"
@@ -638,8 +737,19 @@ def resolve(args):
     return args
 
 
-def resolve_device(device):
-    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share."""
+def ranks():
+    """(rank, world size) of this process under torchrun; (0, 1) otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def resolve_device(device, distributed=False):
+    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share.
+
+    Under torchrun it joins the processes, or refuses where the script is not `distributed`.
+    """
+    rank, world = ranks()
+    if world > 1 and not distributed:
+        raise InputError("torchrun shares one run among processes, which train_teacher.py and train_student.py can: start this script without it")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -649,7 +759,30 @@ def resolve_device(device):
         torch.backends.cudnn.benchmark = True     # every batch has the same shape
     else:
         keep_freed_memory()
+    if world > 1 and not torch.distributed.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")   # the first process speaks for all
     return device
+
+
+def from_first_rank(decide):
+    """What `decide()` returns or raises in the first process of torchrun, in all of them; the others do not call it."""
+    rank, world = ranks()
+    if world == 1:
+        return decide()
+    answer = [None, None]
+    if not rank:
+        try:
+            answer[0] = decide()
+        except (InputError, OSError) as error:
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1]:
+        raise answer[1] if not rank else SystemExit(2)
+    return answer[0]
 
 
 def bf16_in_hardware():
@@ -677,14 +810,14 @@ def only_flags(args, *adders):
 
 def data_from(args):
     """`load_data` with the flags of `add_flags`."""
-    return load_data(args.data, args.data_dir, args.subset, args.label_noise, args.data_seed, args.image_size, args.device)
+    return load_data(args.data, args.data_dir, args.subset, args.label_noise, args.data_seed, args.image_size, args.device, args.loader)
 
 
 # ---------------------------------------------------------------- run folders
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them.
 NOT_COMPARED = ("out", "overwrite", "quiet", "device", "data_dir", "save_every", "eval_every", "seeds", "teacher", "snapshot_at",
-                "fast", "together", "teacher_cache")
+                "fast", "together", "teacher_cache", "loader")
 
 
 def run_folder(args, seed, default):
@@ -725,12 +858,55 @@ def versions():
                 git_commit=commit or None, hardware=device, threads=torch.get_num_threads())
 
 
+@contextmanager
+def locked(run):
+    """Have the run folder `run` alone while it is trained; InputError when another process has it.
+
+    The system drops the lock with the process that holds it, however that ends, so a file left behind is in nobody's way.
+    """
+    if fcntl is None or ranks()[0]:   # Windows has no flock; of several ranks the first one writes
+        yield
+        return
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / ".lock"
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = first_line(file.read())
+            file.close()
+            raise InputError(f"{run} is being trained by another process ({holder}): wait for it, or choose another --out") from None
+        except OSError as error:
+            print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()   # the one before removed it between our open and our lock
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        if not any(run.iterdir()):   # refused before anything was written
+            run.rmdir()
+
+
 def start_run(run, args, role, seed, data, model, **facts):
     """Make or check a run folder before training. Returns True when there is something to train.
 
     A finished run of the same settings prints so and returns False; a run folder of other settings is an InputError
     unless --overwrite was given; an unfinished run of the same settings is continued. `facts` go into config.json and are compared like the flags.
+    Call it within `locked(run)`.
     """
+    return from_first_rank(functools.partial(_start_run, run, args, role, seed, data, model, facts))
+
+
+def _start_run(run, args, role, seed, data, model, facts):
     flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
                   parameters=sum(p.numel() for p in model.parameters()),
@@ -741,7 +917,7 @@ def start_run(run, args, role, seed, data, model, **facts):
     for leftover in run.glob(".*.tmp"):   # of a run that was killed while it wrote
         if RUN_FILE.fullmatch(leftover.name[1:].rsplit(".", 2)[0]):
             leftover.unlink()
-    if not (run / "config.json").exists() and any(run.iterdir()):
+    if not (run / "config.json").exists() and any(file.name != ".lock" for file in run.iterdir()):
         raise InputError(f"{run} is not empty and not a run folder: choose another --out")
     if (run / "config.json").exists() and not args.overwrite and read_json(run / "config.json") != DISCARDED:
         before, compared = read_config(run), ("role", "seed", "flags", "data", "facts")
@@ -778,8 +954,9 @@ def discard_runs(args, runs):
     """With --overwrite, discard all of `runs` now: interrupted, the command without --overwrite then goes on."""
     if args.overwrite:   # after all input has been checked
         for run in runs:
-            if (Path(run) / "config.json").exists():
-                discard_run(run)
+            if (Path(run) / "config.json").exists() and not ranks()[0]:
+                with locked(run):
+                    discard_run(run)
         args.overwrite = False
 
 
@@ -1027,11 +1204,13 @@ def teacher_source(choice, data, args, students, streams, run):
     per_view = len(data.y_train) * data.classes * (2 if args.precision == "bf16" else 4)
     folder = next(parent for parent in Path(run).absolute().parents if parent.exists())
     passes = {"live": students}
+    if choice == "off" or not students or ranks()[1] > 1:   # each process would fill a whole table
+        choice = "off"
     if streams * per_view < shutil.disk_usage(folder).free / 2:
         passes["epochs"] = streams
     if data.n_views * per_view < free_memory(data.device) / 2:
         passes["views"] = data.n_views
-    if choice == "off" or not students:
+    if choice == "off":
         passes = {"live": students}
     elif choice == "on":
         del passes["live"]
@@ -1055,16 +1234,16 @@ def free_memory(device):
 
 
 def training_step(model, optimizer, data, loss_fn, teacher, precision, sums, fast=False):
-    """step(index, view, ce_weight, kd_weight, table): one optimiser step; the loss and the hits are added to `sums`.
+    """step(index, view, ce_weight, kd_weight, table, images=None): one optimiser step; the loss and the hits are added to `sums`.
 
     The readable reference of the fast paths. teacher: `TeacherLogits`; table: what its `epoch_table` gave, or False for
-    a step without the teacher. Nothing here waits for the device.
+    a step without the teacher; images: the uint8 batch where it comes from files. Nothing here waits for the device.
     """
     compiled = torch.compile(model) if fast else model
     compiled_teacher = torch.compile(teacher.model) if fast and teacher else None
 
-    def step(index, view, ce_weight, kd_weight, table):
-        images, labels = data.batch(index, view), data.y_train[index]
+    def step(index, view, ce_weight, kd_weight, table, images=None):
+        images, labels = data.batch(index, view, images), data.y_train[index]
         # No cast cache: in a captured graph it would hand a later step the weights of an earlier one.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             logits = compiled(images)
@@ -1145,7 +1324,8 @@ def run_jobs(jobs, device="cpu", together=False):
         if device == "cuda":
             torch.cuda.synchronize()   # the data came by another stream
         active = [(job(), torch.cuda.Stream() if device == "cuda" and len(group) > 1 else None) for job in group]
-        with interruptible() as stop:
+        # Processes of torchrun would stop in different steps: a signal ends them as they are, and the last checkpoint counts.
+        with interruptible() if ranks()[1] == 1 else nullcontext([]) as stop:
             while active:
                 stopping = bool(stop)
                 for pair in list(active):
@@ -1215,22 +1395,37 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
     """
     per_epoch, total = total_steps(args, data)
     batch = min(args.batch_size, len(data.y_train))
-    device = torch.device(args.device)
-    graphs = args.fast and device.type == "cuda"
+    device, (rank, world) = torch.device(args.device), ranks()
+    if batch % world:
+        raise InputError(f"a batch of {batch} images does not split over {world} processes: give a --batch-size that does")
+    share = batch // world   # images of each step for this process; gradients are averaged over all
+    graphs = args.fast and device.type == "cuda" and world == 1 and not data.streams
     model = model.to(device).to(memory_format=torch.channels_last)
+    parallel = nn.parallel.DistributedDataParallel(model, [torch.cuda.current_device()] if device.type == "cuda" else None) if world > 1 else model
     lr_tensor = torch.tensor(args.lr, device=device) if graphs else None
     optimizer = torch.optim.SGD(model.parameters(), lr_tensor if graphs else args.lr, args.momentum, weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0, fused=device.type == "cuda")
-    torch.manual_seed(stream_seed("dropout", role, seed))   # only models with dropout draw from it
+    torch.manual_seed(stream_seed("dropout", role, seed, *[rank] * (rank > 0)))   # only models with dropout draw from it
     step, history, spent = 0, [], 0.0
     sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)   # loss, hits
 
+    def over_ranks():
+        """`sums` of the global batches: the loss is a mean over a batch, hits are counted."""
+        if world == 1:
+            return sums
+        loss_sum, hits = sums[0] / world, sums[1].clone()
+        for value in (loss_sum, hits):
+            torch.distributed.all_reduce(value)
+        return loss_sum, hits
+
     def save(path):
-        save_state(path, model, optimizer, step=step, history=history, loss_sum=sums[0], correct=sums[1], spent=spent + time.perf_counter() - started)
+        loss_sum, hits = over_ranks()
+        if not rank:
+            save_state(path, model, optimizer, step=step, history=history, loss_sum=loss_sum, correct=hits, spent=spent + time.perf_counter() - started)
 
     def check_finite(test=None):
         # Weights and outputs too: the loss of a step is older than what the step did to them.
-        numbers = [sums[0], *(p.detach().double().sum() for p in model.parameters()), *([] if test is None else [test.double().sum()])]
+        numbers = [over_ranks()[0], *(p.detach().double().sum() for p in model.parameters()), *([] if test is None else [test.double().sum()])]
         if not torch.isfinite(torch.stack(numbers)).all():
             raise InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {args.lr:g}) "
                              "or lengthen --warmup, and discard this run with --overwrite (its last good checkpoint is kept)")
@@ -1239,20 +1434,23 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
     source = checkpoint if checkpoint.exists() else start_from
     if source is not None:
         step, history, spent, loss_sum, correct = restore_state(source, model, optimizer, per_epoch, total, device)
-        sums[0].copy_(loss_sum)
-        sums[1].copy_(correct)
+        if not rank:
+            sums[0].copy_(loss_sum * world)
+            sums[1].copy_(correct)
         if source == checkpoint and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
 
-    take_step = training_step(model, optimizer, data, loss_fn, teacher, args.precision, sums, args.fast)
+    take_step = training_step(parallel, optimizer, data, loss_fn, teacher, args.precision, sums, args.fast)
     if graphs:
         take_step = captured_step(take_step, model, optimizer, batch, sums)
-    with tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet or args.together else None) as bar:
+    with tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet or args.together or rank else None) as bar:
         for epoch in range(step // per_epoch, total // per_epoch):
             order, views = (t.to(device) for t in epoch_stream(data, role, seed, epoch, args.view_seed))
             model.train()
             table, started = False, time.perf_counter()
-            for within in range(step % per_epoch, per_epoch):
+            mine = [order[first + rank * share:first + (rank + 1) * share] for first in range(step % per_epoch * batch, per_epoch * batch, batch)]
+            from_files = iter(data.loader(mine)) if data.streams else None
+            for index in mine:
                 try:
                     yield
                 except Interrupted:
@@ -1269,8 +1467,8 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
                 if kd_weight and table is False:
                     stream = (role, seed if args.view_seed is None else args.view_seed)
                     table = teacher.epoch_table(run.parent / "teacher-logits", stream, epoch, views)
-                index = order[within * batch:(within + 1) * batch]
-                take_step(index, views[index], ce_weight, kd_weight, table if kd_weight else False)
+                more = dict(images=next(from_files)) if data.streams else {}
+                take_step(index, views[index], ce_weight, kd_weight, table if kd_weight else False, **more)
                 step += 1
                 bar.update()
             if device.type == "cuda":
@@ -1278,8 +1476,9 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
             seconds = spent + time.perf_counter() - started
             test = logits_of(model, data, data.x_test) if (epoch + 1) % args.eval_every == 0 or step == total else None
             check_finite(test)
+            loss_sum, hits = over_ranks()
             line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight,
-                        train_loss=sums[0].item() / per_epoch, train_acc=sums[1].item() / (per_epoch * batch),
+                        train_loss=loss_sum.item() / per_epoch, train_acc=hits.item() / (per_epoch * batch),
                         seconds=round(seconds, 3), images_per_s=round(per_epoch * batch / seconds, 1))
             if test is not None:
                 line["test_loss"] = F.cross_entropy(test, data.y_test).item()
@@ -1289,13 +1488,15 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
             for value in sums:
                 value.zero_()
             spent, started = 0.0, time.perf_counter()
-            write_metrics(run, history)
+            if not rank:
+                write_metrics(run, history)
             if not args.quiet:
                 bar.write(_epoch_line(line, args.epochs))
             if step == total or (epoch + 1) % args.save_every == 0:
                 save(checkpoint)
-    write_metrics(run, history)
-    save_logits(run, model, data)
+    if not rank:
+        write_metrics(run, history)
+        save_logits(run, model, data)
     print(f"{run}: test {100 * history[-1]['test_acc']:.2f}% (best {100 * history[-1]['best_test_acc']:.2f}%), "
           f"train {100 * history[-1]['train_acc']:.2f}%, {sum(line['seconds'] for line in history):.0f} s, "
           f"{np.median([line['images_per_s'] for line in history]):.0f} images/s")

@@ -278,9 +278,10 @@ def student_run(what, args, seed, data, teacher, smoothing):
         def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
             return soft_loss(logits, smoothed(labels, data.classes, smoothing), args.temperature).mean()
 
-        if common.start_run(run, flags, "student", seed, data, model, teacher_sha256=common.weights_hash(teacher),
-                            targets="labels smoothed to the teacher's entropy"):   # the teacher and T say how much
-            common.train(run, model, data, flags, "student", seed, loss_fn, lambda step: (1.0, 0.0), snapshots=set(steps.values()))
+        with common.locked(run):
+            if common.start_run(run, flags, "student", seed, data, model, teacher_sha256=common.weights_hash(teacher),
+                                targets="labels smoothed to the teacher's entropy"):   # the teacher and T say how much
+                common.train(run, model, data, flags, "student", seed, loss_fn, lambda step: (1.0, 0.0), snapshots=set(steps.values()))
     else:
         source = common.TeacherLogits(teacher, data, args.precision) if kd else None
         common.run_jobs([functools.partial(train_student, run, flags, seed, data, source, snapshots=set(steps.values()))], args.device)
@@ -628,6 +629,8 @@ def main(argv=None):
     if max(args.teacher_epochs, default=0) >= args.epochs:
         raise common.InputError(f"--teacher-epochs {max(args.teacher_epochs)} must be less than --epochs {args.epochs}")
     data = common.data_from(args)
+    if data.streams:
+        raise common.InputError("the gradients are taken of images in memory: give --loader device, with a smaller --image-size or --subset if they do not fit")
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
     teachers = [Path(args.teacher.replace("{seed}", str(seed))) for seed in args.seeds] if args.teacher else []
     for run in teachers:

@@ -608,6 +608,12 @@ def pretrain(run, model, args, seed, data):
         network = RobertaForMaskedLM(model.config)
     texts_sha256 = hashlib.sha256(tokens.ids.cpu().numpy().tobytes()).hexdigest()
     lr = args.mlm_lr or 2 * model.lr
+    with common.locked(run):
+        return train_masked(run, network, model, args, seed, data, tokens, lr, texts_sha256)
+
+
+def train_masked(run, network, model, args, seed, data, tokens, lr, texts_sha256):
+    """Train `network` on `tokens` as `pretrain` says; returns its state dict."""
     common.start_run(run, run_flags(args, model.name, epochs=args.mlm_epochs, lr=lr), "mlm", seed, data, network, texts_sha256=texts_sha256, **model.facts)
     encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
@@ -755,10 +761,7 @@ def resolve(args):
         raise common.InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
     if not args.kd_weight and set(args.mode) != {"onehot"}:
         raise common.InputError("--kd-weight 0 leaves nothing to distil: give it a weight above 0, or --mode onehot")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        raise common.InputError("--device cuda: no CUDA device is visible; use --device cpu")
+    args.device = common.resolve_device(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
@@ -829,7 +832,8 @@ def main(argv=None):
 
         def train(what, run, name, role="student", **more):
             named.setdefault(what, []).append(run)
-            train_classifier(run, models[name], args, role, seed, data, pretrained[name], **more)
+            with common.locked(run):
+                train_classifier(run, models[name], args, role, seed, data, pretrained[name], **more)
             return run
 
         if args.teacher_run:

@@ -90,6 +90,8 @@ def train_seeds(base, args, options, data, teacher_runs, steps):
                     yield student(run, after, seed, teachers[seed], weights_at=switched_weights(weights[before], weights[after], step, options.window),
                                   start_from=latest_snapshot(trunks[seed][before], step), switch=dict(direction=direction, step=step, window=options.window))
 
+    if not teacher_runs:   # an empty shard
+        return folders, trunks
     # First what needs no teacher; a one-hot trunk knows none.
     jobs = [] if args.teacher else [functools.partial(train_teacher, run, common.only_flags(args, common.add_flags), seed, data) for seed, run in teacher_runs.items()]
     jobs += [student(trunks[seed]["onehot"], "onehot", seed, snapshots=kept) for seed in teacher_runs]
@@ -98,7 +100,7 @@ def train_seeds(base, args, options, data, teacher_runs, steps):
     models = {run: common.load_teacher(run, data) for run in sorted(set(teacher_runs.values()))}
     epochs = total / per_epoch * len(teacher_runs) / len(models)   # of the KD trunks of one teacher
     switched = sum(total - step for step in steps.values() if 0 < step < total) / total if "onehot2kd" in options.direction else 0
-    source = common.teacher_source(args.teacher_cache, data, args, epochs * (1 + switched), epochs if args.view_seed is None else total / per_epoch, trunks[args.seeds[0]]["kd"])
+    source = common.teacher_source(args.teacher_cache, data, args, epochs * (1 + switched), epochs if args.view_seed is None else total / per_epoch, next(iter(trunks.values()))["kd"])
     of_run = {run: common.TeacherLogits(model, data, args.precision, source) for run, model in models.items()}
     teachers = {seed: of_run[run] for seed, run in teacher_runs.items()}
     jobs = [student(trunks[seed]["kd"], "kd", seed, teachers[seed], snapshots=kept) for seed in teacher_runs]
@@ -292,6 +294,7 @@ def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser, out_help="prefix of the run folders: <out>-teacher-s0, <out>-kd-s0, … (default: runs/<data>-<arch>)")
     add_student_flags(parser)
+    common.add_shard_flag(parser)
     add = parser.add_argument
     add("--direction", choices=tuple(SWITCHES), nargs="+", default=list(SWITCHES), help="which switches to train")
     add("--switch-at", type=common.number(float, 0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9, 1], help="shares of training before the switch; 0 and 1 are the pure runs")
@@ -315,7 +318,7 @@ def main(argv=None):
     data = common.data_from(args)
     _, total = common.total_steps(args, data)
     steps = {s: round(s * total) for s in sorted(set(options.switch_at))}
-    base, results, seeds = args.out or f"runs/{common.default_name(args)}", Path(options.results), args.seeds
+    base, results, seeds = args.out or f"runs/{common.default_name(args)}", Path(options.results), common.shard_of(options)
     results.mkdir(parents=True, exist_ok=True)
 
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
@@ -328,6 +331,9 @@ def main(argv=None):
     common.discard_runs(args, planned)
     teachers = {seed: Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}") for seed in seeds}
     folders, trunks = train_seeds(base, args, options, data, teachers, steps)
+    if seeds != args.seeds:
+        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+        return
 
     over = common.scope(len(seeds), len(set(teachers.values())))
     rows = switch_table(folders, trunks, teachers, seeds, options.bootstrap)

@@ -2135,3 +2135,101 @@ def test_benchmark_counts_the_work_of_a_model():
     import benchmark
     flops, elements = benchmark.costs("resnet20", benchmark.random_data(128, "cpu"))
     assert flops == pytest.approx(2 * 40.8e6, rel=0.01) and 3e5 < elements < 4e5
+
+
+# ---------------------------------------------------------------- several processes, files instead of memory
+
+
+def hold(folder, go, held):
+    with common.locked(Path(folder)):
+        held.set()
+        go.wait()
+
+
+def test_a_run_folder_serves_one_process_at_a_time(runs, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    go, held = context.Event(), context.Event()
+    shutil.copytree(runs / "runs" / "teacher-s0", tmp_path / "t")
+    (tmp_path / "t" / "logits.npz").unlink()   # unfinished
+    before = hashes(tmp_path / "t")
+    process = context.Process(target=hold, args=(str(tmp_path / "t"), go, held))
+    process.start()
+    held.wait()
+    for extra in ([], ["--overwrite"]):
+        refused = run_cli("train_teacher.py", *TINY, *extra, "--out", "t", cwd=tmp_path)
+        one_line_error(refused, "being trained by another process", f"process {process.pid} on", "--out")
+    assert {name: digest for name, digest in hashes(tmp_path / "t").items() if name != ".lock"} == before
+    process.kill()   # it cannot remove its lock file: the next one is not kept out by that
+    process.join()
+    assert (tmp_path / "t" / ".lock").exists()
+    ok(run_cli("train_teacher.py", *TINY, "--out", "t", cwd=tmp_path))
+    assert sorted(hashes(tmp_path / "t")) == ["checkpoint.pt", "config.json", "logits.npz", "metrics.jsonl"]
+    with pytest.raises(ZeroDivisionError), common.locked(tmp_path / "new"):
+        1 / 0
+    assert not (tmp_path / "new").exists()   # nothing was written into it
+
+
+def test_shards_train_every_seed_once(tmp_path):
+    """As jobs of a Slurm array do, without knowing of each other."""
+    seeds = ["--seeds", 0, 1, 2]
+    for i in range(2):
+        ok(run_cli("train_teacher.py", *TINY, *seeds, "--shard", f"{i}/2", "--out", "t", cwd=tmp_path))
+        assert {run.name for run in tmp_path.glob("t*")} == ({"t-s0", "t-s2"} if i == 0 else {"t-s0", "t-s1", "t-s2"})
+    assert "no seed is left" in ok(run_cli("train_teacher.py", *TINY, "--seeds", 0, "--shard", "1/2", "--out", "t", cwd=tmp_path))
+    switch = [*TINY, *seeds[:3], "--switch-at", 0, 1, "--bootstrap", 100, "--out", "sw"]
+    for i in range(3):
+        output = ok(run_cli("switch_distill.py", *switch, "--shard", f"{i}/3", cwd=tmp_path))
+        assert "no seed is left" in output if i == 2 else "this shard is trained" in output
+    assert not list(tmp_path.rglob("*.png"))
+    before = {run: hashes(run) for run in tmp_path.glob("sw-*")}
+    assert len(before) == 6
+    assert ok(run_cli("switch_distill.py", *switch, cwd=tmp_path)).count("is finished already") == 6
+    assert {run: hashes(run) for run in tmp_path.glob("sw-*")} == before and list(tmp_path.rglob("fig1b.png"))
+    for bad in ("2/2", "-1/2", "1", "a/b", "1/0"):
+        one_line_error(run_cli("train_teacher.py", *TINY, "--shard", bad, cwd=tmp_path), "--shard")
+
+
+def write_images(root, counts=(20, 6), classes=3):
+    for split, count in zip(("train", "val"), counts):
+        for c in range(classes):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for k in range(count):
+                pixels = np.random.RandomState(1000 * c + k + count).randint(0, 256, (14 + k % 3, 12, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / f"class{c}" / f"{k}.png")
+
+
+def test_images_streamed_from_files_train_as_those_in_memory(tmp_path, monkeypatch):
+    write_images(tmp_path / "images")
+    shared = ["--data", "folder:images", "--image-size", 12, "--width", 0.25, "--epochs", 2, "--batch-size", 16, "--subset", 48, "--device", "cpu", "--quiet", "--precision", "fp32"]
+    for loader in ("device", "stream"):
+        ok(run_cli("train_teacher.py", *shared, "--loader", loader, "--out", f"t-{loader}", cwd=tmp_path))
+    # 60 images are fewer than the sample of the statistics, so that all numbers are the same.
+    assert same_run(tmp_path / "t-device", tmp_path / "t-stream")
+    logits = [common.read_npz(tmp_path / f"t-{loader}" / "logits.npz", common.LOGITS) for loader in ("device", "stream")]
+    assert all(np.array_equal(logits[0][key], logits[1][key]) for key in common.LOGITS)
+    ok(run_cli("train_student.py", *shared, "--loader", "stream", "--teacher", "t-stream", "--teacher-cache", "on", "--out", "kd", cwd=tmp_path))
+    one_line_error(run_cli("train_student.py", *shared, "--loader", "device", "--teacher", "t-stream", "--out", "kd2", cwd=tmp_path), "sha256", "--data")
+    one_line_error(run_cli("train_teacher.py", *TINY, "--loader", "stream", "--out", "x", cwd=tmp_path), "--loader stream", "folder:PATH")
+    for free, streams in ((10 ** 9, False), (10 ** 4, True)):   # auto
+        monkeypatch.setattr(common, "free_memory", lambda device: free)
+        assert common.load_data(f"folder:{tmp_path / 'images'}", image_size=12, loader="auto").streams == streams
+
+
+def test_torchrun_gives_the_same_result_as_one_process(tmp_path):
+    flags = ["--arch", "cnn", "--epochs", 3, "--width", 0.5, "--subset", 300, "--batch-size", 64, "--quiet", "--device", "cpu"]   # no batch normalisation
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = lambda script, *args: subprocess.run([*torchrun, str(HERE / script), *map(str, flags), *args], cwd=tmp_path, capture_output=True, text=True,
+                                               env=dict(os.environ, OMP_NUM_THREADS="1"))
+    output = ok(run("train_teacher.py", "--out", "two"))
+    assert output.count("two: test") == 1   # the first process speaks and writes for both
+    ok(run_cli("train_teacher.py", *flags, "--out", "one", cwd=tmp_path))
+    ok(run("train_student.py", "--teacher", "one", "--out", "kd-two"))
+    ok(run_cli("train_student.py", *flags, "--teacher", "one", "--out", "kd-one", cwd=tmp_path))
+    for name in ("", "kd-"):
+        (one, lines), (two, other_lines) = (weights_and_metrics(tmp_path / f"{name}{count}") for count in ("one", "two"))
+        assert close(one, two, 1e-5) and [line["train_acc"] for line in lines] == [line["train_acc"] for line in other_lines]
+        assert [line["train_loss"] for line in lines] == pytest.approx([line["train_loss"] for line in other_lines], rel=1e-5)
+    assert "is finished already" in ok(run("train_teacher.py", "--out", "two"))
+    refused = run("switch_distill.py", "--out", "sw")
+    assert refused.returncode and "start this script without it" in refused.stderr and not list(tmp_path.glob("sw*"))
+    assert "does not split over 2 processes" in run("train_teacher.py", "--batch-size", "63", "--out", "odd").stderr

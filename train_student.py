@@ -36,45 +36,47 @@ def train_student(run, args, seed, data, teacher, weights_at=None, snapshots=(),
     """
     if teacher is None:   # no distillation term: one control serves all temperatures
         args = argparse.Namespace(**dict(vars(args), temperature=None))
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-    teacher_sha256 = teacher.sha256 if teacher else None
-    if not common.start_run(run, args, "student", seed, data, model, teacher_sha256=teacher_sha256, **facts):
-        return
-
     def loss_fn(student_logits, labels, teacher_logits, ce_weight, kd_weight):
         ce = F.cross_entropy(student_logits, labels)
         kd = common.kd_loss(student_logits, teacher_logits, args.temperature) if teacher_logits is not None else 0.0
         return ce_weight * ce + kd_weight * kd
 
     weights_at = weights_at or (lambda step: (args.ce_weight, args.kd_weight))
-    yield from common.training(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    facts["teacher_sha256"] = teacher.sha256 if teacher else None
+    with common.locked(run):
+        if common.start_run(run, args, "student", seed, data, model, **facts):
+            yield from common.training(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
 
 
 def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser)
     add_student_flags(parser)
-    args = common.resolve(parser.parse_args(argv))
+    common.add_shard_flag(parser)
+    options = common.resolve(parser.parse_args(argv), distributed=True)
+    args = common.only_flags(options, common.add_flags, add_student_flags)
     if not args.kd_weight and not args.ce_weight:
         raise common.InputError("--kd-weight and --ce-weight are both 0, so there is no loss: give one of them")
     if args.kd_weight and not args.teacher:
         raise common.InputError("--teacher is missing: give the run folder of a teacher, or --kd-weight 0 --ce-weight 1 for a one-hot student")
     data = common.data_from(args)
-    _, total = common.total_steps(args, data)
+    per_epoch, total = common.total_steps(args, data)
     snapshots = {round(share * total) for share in args.snapshot_at}
 
     what = "onehot" if not args.kd_weight else "kd" if not args.ce_weight else "kd+ce"
-    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-{what}") for seed in args.seeds}
+    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-{what}") for seed in common.shard_of(options)}
     # A one-hot student depends on no teacher, so one control serves the students of any teacher.
-    names = {seed: args.teacher.replace("{seed}", str(seed)) if args.kd_weight else None for seed in args.seeds}
+    names = {seed: args.teacher.replace("{seed}", str(seed)) if args.kd_weight else None for seed in runs}
     models = {name: common.load_teacher(name, data) for name in sorted(set(names.values()) - {None})}
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
     common.discard_runs(args, runs.values())
-    flags = common.only_flags(args, common.add_flags, add_student_flags)
-    epochs = (args.stop_epoch or args.epochs) * len(args.seeds) / max(1, len(models))   # of students per teacher
-    source = common.teacher_source(args.teacher_cache, data, args, epochs, epochs if args.view_seed is None else min(epochs, args.epochs), runs[args.seeds[0]]) if models else None
+    source = None
+    if models:
+        students = total / per_epoch * len(runs) / len(models)   # epochs of the students of one teacher
+        source = common.teacher_source(args.teacher_cache, data, args, students, students if args.view_seed is None else total / per_epoch, next(iter(runs.values())))
     teachers = {name: common.TeacherLogits(model, data, args.precision, source) for name, model in models.items()}
-    common.run_jobs([functools.partial(train_student, run, flags, seed, data, teachers.get(names[seed]), snapshots=snapshots)
+    common.run_jobs([functools.partial(train_student, run, args, seed, data, teachers.get(names[seed]), snapshots=snapshots)
                      for seed, run in runs.items()], args.device, args.together)
 
 

@@ -18,22 +18,23 @@ import common
 
 def train_teacher(run, args, seed, data):
     """Generator, for `common.run_jobs`, that trains one teacher in the run folder `run`, unless it is finished already."""
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
-    if not common.start_run(run, args, "teacher", seed, data, model):
-        return
-
     def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
         return F.cross_entropy(logits, labels)
 
-    yield from common.training(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
+    with common.locked(run):
+        if common.start_run(run, args, "teacher", seed, data, model):
+            yield from common.training(run, model, data, args, "teacher", seed, loss_fn, weights_at=lambda step: (1.0, 0.0))
 
 
 def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser)
-    args = common.resolve(parser.parse_args(argv))
+    common.add_shard_flag(parser)
+    options = common.resolve(parser.parse_args(argv), distributed=True)
+    args = common.only_flags(options, common.add_flags)
     data = common.data_from(args)
-    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-teacher") for seed in args.seeds}
+    runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-teacher") for seed in common.shard_of(options)}
     common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
     common.discard_runs(args, runs.values())
     common.run_jobs([functools.partial(train_teacher, run, args, seed, data) for seed, run in runs.items()], args.device, args.together)
