@@ -68,7 +68,7 @@ benchmark: .venv/ready
 	$(PY) benchmark.py
 
 test: .venv/ready
-	$(PY) -m pytest -q test_smoke.py
+	$(PY) -m pytest -q
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

@@ -3,7 +3,7 @@
     python benchmark.py                                       # CPU: ResNet-8 and ResNet-20, small; CUDA: the paper's three models
     python benchmark.py --arch resnet20 --images 50000        # whole epochs of CIFAR's size
 
-Ways: "peers": DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step, the loss read in every
+Ways: "peers": DataLoader with PIL transforms and 8 workers, fp32, batch 64, a teacher forward in every step, the loss read in every
 step (what RepDistiller's training code does); "eager": images on the device, all crops by one gather, channels_last,
 bf16 where the device has it; "fast" (CUDA): the step compiled and captured as one CUDA graph; "cache": teacher logits
 looked up in a table made before; "together": several seeds side by side. All but the first are timed in the real
@@ -180,27 +180,27 @@ def peak_memory(device):
 def ways(args):
     """{name: flags of `ours`, or None for the peers' way}."""
     cuda = args.device == "cuda"
-    chosen = {"peers": None, "eager": {}}
+    chosen = {"peers": None} | ({} if cuda else {"peers, no workers": None}) | {"eager": {}}
     chosen |= {"fast": dict(fast=True), "fast + cache": dict(fast=True, cache=True)} if cuda else {"cache": dict(cache=True)}
     return chosen | {f"{args.together} together": dict(fast=cuda, cache=True, seeds=args.together)}
 
 
 def batch_size(args, arch, way):
     """Images per step of a way."""
-    if way == "peers":
+    if way.startswith("peers"):
         return 64
     return args.batch_size or (64 if arch == "resnet8" else 512 if args.device == "cuda" else 128)
 
 
 def run_way(args, arch, way, kd):
     """([seeds, epochs] seconds, peak bytes, training images) of one way of training."""
-    device = common.resolve_device(args.device)
+    device = args.device
     data = common.load_data("digits", device=device) if arch == "resnet8" else random_data(args.images, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     flags = ways(args)[way]
     if flags is None:
-        seconds = [peers(data, arch, kd, batch_size(args, arch, way), args.workers, args.epochs, device)]
+        seconds = [peers(data, arch, kd, batch_size(args, arch, way), args.workers if way == "peers" else 0, args.epochs, device)]
     else:
         seconds = ours(data, arch, kd, batch_size(args, arch, way), args.epochs, device, **flags)
     return seconds, peak_memory(device), len(data.y_train)
@@ -220,7 +220,7 @@ def measure(args, arch, peak_bytes, peak_flops):
                 with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
                     seconds, memory, images = pool.submit(run_way, args, arch, way, kd).result()
             rate = sum(images / statistics.median(of_seed) for of_seed in seconds)   # images/s over all seeds
-            half = way != "peers" and (cuda or common.bf16_in_hardware() and arch != "resnet8")
+            half = flags is not None and (cuda or common.bf16_in_hardware() and arch != "resnet8")
             forwards = 3 + (kd and not (flags or {}).get("cache"))   # a backward pass costs two forward passes; a teacher is one more
             rows.append(dict(arch=arch, loss="KD" if kd else "one-hot", way=way, batch=batch_size(args, arch, way), images=images, images_per_s=rate,
                              epoch_s=images / rate, seconds=seconds, peak_memory=memory if cuda or len(seconds) == 1 else None,
@@ -266,14 +266,14 @@ def main(argv=None):
     add("--epochs", type=common.number(int, 1), help="timed epochs behind each median, after one of warm-up (default: 5 on CUDA, 2 on a CPU)")
     add("--batch-size", type=common.number(int, 2), help="of all ways but the peers' (default: 512 on CUDA, 128 on a CPU, 64 for digits)")
     add("--together", type=common.number(int, 2), help="seeds side by side (default: 4 on CUDA, the number of cores on a CPU)")
-    add("--workers", type=common.number(int, 0), help="DataLoader workers of the peers' way (default: 8 on CUDA, 0 on a CPU, where they would fight for the cores)")
+    add("--workers", type=common.number(int, 0), default=8, help="DataLoader workers of the peers' way; on a CPU, where they fight for the cores, it is timed without any too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
     add("--out", default="results/benchmark", help="folder for table, JSON and chart")
     args = parser.parse_args(argv)
     args.device = common.resolve_device(args.device)
     cuda = args.device == "cuda"
     for flag, value in dict(arch=["resnet56", "resnet20", "mobilenetv2"] if cuda else ["resnet8", "resnet20"], images=50000 if cuda else 5000, epochs=5 if cuda else 2,
-                            together=4 if cuda else max(2, common.cores()), workers=8 if cuda else 0).items():
+                            together=4 if cuda else max(2, common.cores())).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     out = Path(args.out)

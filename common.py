@@ -720,6 +720,10 @@ def resolve(args, distributed=False):
             setattr(args, flag, value)
     if args.schedule == "step" and not args.milestones:
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
+    if args.schedule == "cosine" and args.milestones and not preset["milestones"]:
+        raise InputError("--milestones belong to --schedule step: give both, or neither")
+    if args.image_size and not args.data.startswith("folder:"):
+        raise InputError(f"--image-size resizes the images of folder:PATH, not of {args.data}: leave it out")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
     if args.stop_epoch and args.stop_epoch > args.epochs:
@@ -797,7 +801,7 @@ def keep_freed_memory():
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3   # numbers of malloc.h
         mallopt(trim_threshold, 2 ** 31 - 1)
-        mallopt(mmap_threshold, 32 * 2 ** 20)     # the most that glibc accepts
+        mallopt(mmap_threshold, 2 ** 31 - 1) or mallopt(mmap_threshold, 32 * 2 ** 20)   # the second is all that older glibc accepts
 
 
 def only_flags(args, *adders):
