@@ -725,6 +725,11 @@ def versions():
                 git_commit=commit or None, hardware=device, threads=torch.get_num_threads())
 
 
+def command_line():
+    """This command, as it is typed; without --overwrite, which would discard what the command left."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
+
+
 def start_run(run, args, role, seed, data, model, **facts):
     """Make or check a run folder before training. Returns True when there is something to train.
 
@@ -734,7 +739,7 @@ def start_run(run, args, role, seed, data, model, **facts):
     flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
                   parameters=sum(p.numel() for p in model.parameters()),
-                  command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+                  command=command_line(), versions=versions())
     if args.batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise InputError(f"--batch-size 1 leaves {args.arch} nothing to normalise over: use at least 2")
     run.mkdir(parents=True, exist_ok=True)
@@ -947,8 +952,7 @@ def interruptible():
 
 def exit_interrupted():
     """Say how to continue what was interrupted and saved, and exit 130."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
-    print(f"interrupted; continue with: {command}")
+    print(f"interrupted; continue with: {command_line()}")
     raise SystemExit(130)
 
 
@@ -1392,9 +1396,9 @@ def show_results(folder):
 
 
 def save_figure(figure, folder, name):
-    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path."""
+    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path. The PNG records this command."""
     for ending in ("pdf", "png"):
-        # No date in the file: the same run folders give the same bytes.
-        metadata = dict(CreationDate=None) if ending == "pdf" else None
+        # No date in the file: the same run folders and command give the same bytes.
+        metadata = dict(CreationDate=None) if ending == "pdf" else dict(Command=command_line())
         write_atomic(Path(folder) / f"{name}.{ending}", lambda file: figure.savefig(file, format=ending, dpi=150, metadata=metadata))
     print(f"figure: {Path(folder) / name}.png")
