@@ -21,7 +21,7 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu benchmark clean
+.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu benchmark report clean
 
 # Two chains side by side, one per core: the scripts of the second need nothing from the first.
 reproduce: .venv/ready
@@ -66,6 +66,9 @@ cifar100-cpu: .venv/ready
 
 benchmark: .venv/ready
 	$(PY) benchmark.py
+
+report: .venv/ready
+	$(PY) report.py
 
 test: .venv/ready
 	$(PY) -m pytest -q

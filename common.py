@@ -846,6 +846,14 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
+def cpu_name():
+    """The CPU's model name where Linux tells it, else its kind."""
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
 def versions():
     """Versions of what the numbers depend on, the device's name and the git commit (None outside a checkout)."""
     here = Path(__file__).resolve().parent
@@ -857,7 +865,7 @@ def versions():
     commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(here) else ""
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 git_commit=commit or None, hardware=device, threads=torch.get_num_threads())
 
@@ -880,13 +888,16 @@ def locked(run):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = first_line(file.read())
+            holder = file.read().strip() or "just started"
             file.close()
             raise InputError(f"{run} is being trained by another process ({holder}): wait for it, or choose another --out") from None
         except OSError as error:
             print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except FileNotFoundError:
+            pass
         file.close()   # the one before removed it between our open and our lock
     try:
         file.truncate(0)
@@ -898,6 +909,11 @@ def locked(run):
         file.close()
         if not any(run.iterdir()):   # refused before anything was written
             run.rmdir()
+
+
+def command_line():
+    """This command, as it is typed; without --overwrite, which would discard what the command left."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
 
 
 def start_run(run, args, role, seed, data, model, **facts):
@@ -914,7 +930,7 @@ def _start_run(run, args, role, seed, data, model, facts):
     flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
                   parameters=sum(p.numel() for p in model.parameters()),
-                  command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+                  command=command_line(), versions=versions())
     if args.batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise InputError(f"--batch-size 1 leaves {args.arch} nothing to normalise over: use at least 2")
     run.mkdir(parents=True, exist_ok=True)
@@ -1128,8 +1144,7 @@ def interruptible():
 
 def exit_interrupted():
     """Say how to continue what was interrupted and saved, and exit 130."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--overwrite")])
-    print(f"interrupted; continue with: {command}")
+    print(f"interrupted; continue with: {command_line()}")
     raise SystemExit(130)
 
 
@@ -1597,9 +1612,9 @@ def show_results(folder):
 
 
 def save_figure(figure, folder, name):
-    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path."""
+    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path. The PNG records this command."""
     for ending in ("pdf", "png"):
-        # No date in the file: the same run folders give the same bytes.
-        metadata = dict(CreationDate=None) if ending == "pdf" else None
+        # No date in the file: the same run folders and command give the same bytes.
+        metadata = dict(CreationDate=None) if ending == "pdf" else dict(Command=command_line())
         write_atomic(Path(folder) / f"{name}.{ending}", lambda file: figure.savefig(file, format=ending, dpi=150, metadata=metadata))
     print(f"figure: {Path(folder) / name}.png")
