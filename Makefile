@@ -21,7 +21,7 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu benchmark report clean
+.PHONY: reproduce test soak fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark report clean
 
 # Two chains side by side, one per core: the scripts of the second need nothing from the first.
 reproduce: .venv/ready
@@ -63,6 +63,13 @@ cifar100-cpu: .venv/ready
 	  --switch-at 0 0.5 1 --together $(FLAGS) --out $(CIFAR100_CPU) --results results/cifar100-cpu/fig1b
 	$(PY) analyze_deviation.py --teacher $(CIFAR100_CPU)-teacher-s0 --student $(CIFAR100_CPU)-kd-s0 --control $(CIFAR100_CPU)-onehot-s0 \
 	  --title "CIFAR-100, ResNet-20, 30 epochs" --out results/cifar100-cpu/fig1a
+
+# The paper's whole grid, as it stands at the top of paper.py. `make paper PAPER_FLAGS=--dry-run` says what it would take here.
+# It needs all threads, and so not the setting for digits above.
+PAPER_FLAGS ?=
+
+paper: .venv/ready
+	$(if $(filter file,$(origin OMP_NUM_THREADS)),env -u OMP_NUM_THREADS )$(PY) paper.py --data-dir "$(DATA_DIR)" $(PAPER_FLAGS)
 
 benchmark: .venv/ready
 	$(PY) benchmark.py
