@@ -27,7 +27,7 @@ endif
 reproduce: .venv/ready
 	@$(MAKE) --no-print-directory fig1b fig1a fig-denoise & first=$$!; \
 	  $(MAKE) --no-print-directory fig-eigenspace fig-glue; second=$$?; wait $$first && exit $$second
-	@$(PY) -c 'import common; common.show_results("results")'
+	@$(PY) -c 'import common; common.cli(lambda: common.show_results("results"))'
 
 fig1a: .venv/ready
 	$(PY) train_teacher.py $(COMMON) --quiet --out "runs/$(NAME)-teacher-s{seed}"
@@ -79,6 +79,10 @@ report: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q
+
+# The tests of faults and of bad input at full size: twenty kills for each command, and thirty times the random input.
+soak: .venv/ready
+	DISOBEY_SOAK=1 $(PY) -m pytest -q test_faults.py
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

@@ -8,12 +8,14 @@ in files.
 import argparse
 import ctypes
 import functools
+import glob
 import hashlib
 import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -22,10 +24,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -57,8 +60,11 @@ def cli(main):
         main()
     except InputError as error:
         sys.exit(_complain(error))
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size or --subset"))
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no kind of its own for a failed allocation.
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the size of the model"))
     except OSError as error:
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'no file named'} "
                            "(check that the folder exists, is writable and has space left)"))
@@ -79,23 +85,48 @@ def _complain(message):
 def write_atomic(path, write):
     """Call `write(file)` on a temporary binary file beside `path`, then rename it over `path`.
 
-    A reader, or a run killed at any moment, sees the old file or the new one, never a torn one.
+    A reader, or a run killed at any moment, sees the old file or the new one, never a torn one. The temporary files of
+    processes that were killed while they wrote the same path are removed. OSError names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    host = platform.node().partition(".")[0]
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}-*.tmp"):
+        if not _alive(leftover.stem.rpartition("-")[2]):
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # On a full disk torch.save raises a RuntimeError of its own after the write's OSError, and neither names the file.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _alive(pid):
+    """Whether a process of that number may be running on this machine."""
+    if os.name != "posix":   # where os.kill would end it
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:   # another user's
+        pass
+    return True
 
 
 def write_text(path, text):
-    """Write `text` (str) to `path` atomically, as UTF-8."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Write `text` (str) to `path` atomically, as UTF-8 (what cannot be, from a flag of other bytes, as question marks)."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def write_json(path, value):
@@ -113,7 +144,7 @@ def read_json(path):
     """The value in a JSON file; InputError when it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): restore it, or make the run again") from None
 
 
@@ -128,6 +159,8 @@ def read_npz(path, keys):
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
+            if file.zip.testzip():   # numpy compares no checksum where a damaged header asks for less than there is
+                raise ValueError("a checksum does not fit")
             return {key: file[key] for key in keys}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path") from None
@@ -362,7 +395,7 @@ def check_arrays(arrays, source):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2] or not x.size:
             raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
-        if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= max(1000, len(x)):
+        if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= max(1000, len(x)):
             raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must hold one class number, 0 and up without "
                              f"large gaps, for each of the {len(x)} images")
         arrays[f"y_{split}"] = y.astype(np.int64)
@@ -590,6 +623,13 @@ def build_model(arch, classes, image, width=1.0, seed=0):
     return model.train()
 
 
+def check_model(args, data):
+    """InputError when --arch does not fit the data or the batches, for a script to call before it discards anything."""
+    model = build_model(args.arch, data.classes, data.facts["image"], args.width)
+    if min(args.batch_size, len(data.y_train)) == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise InputError(f"--batch-size 1 or --subset 1 leaves {args.arch} nothing to normalise over: use at least 2")
+
+
 def torchvision_model(name, classes, channels):
     from torchvision import models
     known = models.list_models(module=models)
@@ -633,12 +673,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, open_high=False, open_low=False):
-    """An argparse type: a finite `kind` (int or float) within low..high, its ends excluded where open."""
+    """An argparse type: a finite `kind` (int or float; an int of 64 bits) within low..high, its ends excluded where open."""
+    limit = "2^63" if kind is int else "inf"
+
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or (low is not None and (value < low or open_low and value == low)) or (
+        if not abs(value) < (2 ** 63 if kind is int else math.inf) or (low is not None and (value < low or open_low and value == low)) or (
                 high is not None and (value > high or open_high and value == high)):
-            ends = f"{'(' if open_low else '['}{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
+            ends = f"{'(' if open_low else '['}{f'-{limit}' if low is None else low}, {limit if high is None else high}{')' if open_high or high is None else ']'}"
             raise argparse.ArgumentTypeError(f"{text} is outside {ends}")
         return value
     parse.__name__ = kind.__name__
@@ -656,7 +698,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
     add("--label-noise", type=number(float, 0, 1, open_high=True), help="share of training labels replaced by another class (default: 0.3 for digits, else 0)")
     add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
-    add("--image-size", type=number(int, 8), help="resize the images of folder:PATH to this side")
+    add("--image-size", type=number(int, 8, 4096), help="resize the images of folder:PATH to this side")
     add("--loader", choices=("auto", "device", "stream"), default="auto", help="images of folder:PATH all on the device, or read from their files as they are needed (auto: by memory)")
     add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
     add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the channels of the model")
@@ -664,12 +706,12 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along unless given")
     add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
     add("--batch-size", type=number(int, 1), help="images per step; the last, incomplete batch of an epoch is dropped")
-    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate")
+    add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
     add("--schedule", choices=("cosine", "step"), help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", help="epochs at which the step schedule multiplies by 0.1")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay on all parameters")
+    add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="L2 weight decay on all parameters")
     add("--view-seed", type=number(int, 0), help="seed of the augmentation alone: runs that share it see the same views, so that cached teacher logits serve all of them (default: the seed)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA and on CPUs with bf16 arithmetic (not for digits), else fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
@@ -931,8 +973,6 @@ def _start_run(run, args, role, seed, data, model, facts):
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts,
                   parameters=sum(p.numel() for p in model.parameters()),
                   command=command_line(), versions=versions())
-    if args.batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise InputError(f"--batch-size 1 leaves {args.arch} nothing to normalise over: use at least 2")
     run.mkdir(parents=True, exist_ok=True)
     for leftover in run.glob(".*.tmp"):   # of a run that was killed while it wrote
         if RUN_FILE.fullmatch(leftover.name[1:].rsplit(".", 2)[0]):
@@ -970,9 +1010,16 @@ def discard_run(run):
             file.unlink()
 
 
-def discard_runs(args, runs):
-    """With --overwrite, discard all of `runs` now: interrupted, the command without --overwrite then goes on."""
+def discard_runs(args, runs, teachers=()):
+    """With --overwrite, discard all of `runs` now: interrupted, the command without --overwrite then goes on.
+
+    InputError when one of them is the run folder of one of the `teachers` that the command itself reads.
+    """
     if args.overwrite:   # after all input has been checked
+        places = {os.path.realpath(run) for run in runs}
+        for teacher in teachers:
+            if os.path.realpath(teacher) in places:
+                raise InputError(f"--overwrite would discard the teacher {teacher} of this command: choose another --out")
         for run in runs:
             if (Path(run) / "config.json").exists() and not ranks()[0]:
                 with locked(run):
@@ -1009,25 +1056,31 @@ def finished_config(run):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn."""
+    """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn or has changed."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():   # torch.load does not compare the checksums that torch.save writes
+                raise ValueError("a checksum does not fit")
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dictionary")
         return state
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: train that run again") from None
+    except pickle.UnpicklingError:   # torch's own advice here is to load it with its code
+        raise InputError(f"{path} is damaged, or holds more than tensors and numbers, which is never loaded: train that run again with --overwrite") from None
     except Exception as error:   # zip, pickle and torch each raise their own kinds on a damaged file
         raise InputError(f"{path} is damaged ({first_line(error)}): train that run again with --overwrite") from None
 
 
 def read_metrics(run):
-    """All lines of a run's metrics.jsonl as dicts; InputError when one of them is not what a run writes."""
+    """All lines of a run's metrics.jsonl as dicts; InputError when one of them is missing or not what a run writes."""
     try:
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{run}/metrics.jsonl cannot be read ({first_line(error)}): train that run again with --overwrite") from None
-    if not lines or not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) for line in lines):
+    if not lines or not all(isinstance(line, dict) and line.get("epoch") == k and all(isinstance(value, (int, float)) for value in line.values())
+                            for k, line in enumerate(lines, 1)):
         raise InputError(f"{run}/metrics.jsonl is not that of a run: train that run again with --overwrite")
     return lines
 
@@ -1051,7 +1104,10 @@ def load_teacher(run, data):
         if config["data"].get(key) != data.facts[key]:
             raise InputError(f"teacher {run} was trained on data with {key} {config['data'].get(key)}, the student's has "
                              f"{data.facts[key]}: give both the same --data, --subset, --label-noise and --data-seed")
-    model = build_model(str(config.get("arch")), data.classes, data.facts["image"], config["flags"].get("width", 1.0)).to(data.device)
+    width = config["flags"].get("width", 1.0)
+    if not isinstance(width, (int, float)) or not 0 < width <= 64:
+        raise InputError(f"{run}/config.json has the width {width!r}: restore it, or train that run again with --overwrite")
+    model = build_model(str(config.get("arch")), data.classes, data.facts["image"], width).to(data.device)
     try:
         model.load_state_dict(load_checkpoint(Path(run) / "checkpoint.pt", data.device)["model"])
     except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -1059,7 +1115,7 @@ def load_teacher(run, data):
     model = model.to(memory_format=torch.channels_last).eval()
     recorded = last_metrics(run)["test_acc"]
     measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
-    if abs(measured - recorded) > max(0.002, 2 / len(data.y_test)) + 1e-9:   # float noise between devices flips a few points
+    if not abs(measured - recorded) <= max(0.002, 2 / len(data.y_test)) + 1e-9:   # also where it recorded NaN; float noise between devices flips a few points
         raise InputError(f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%: "
                          "its checkpoint or the data has changed; train it again")
     return model
@@ -1118,14 +1174,19 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
     state = load_checkpoint(source, device)
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(dict(state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))   # these are of the flags
         step, history = state["step"], state["history"]
-        if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))):
+        if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))
+                and all(isinstance(value, (int, float)) for line in history for value in line.values())):
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
+        for parameter, kept in optimizer.state.items():   # load_state_dict takes any shape
+            for name, value in kept.items():
+                if not (name == "momentum_buffer" and value is None) and (value.numel() != 1 if name == "step" else value.shape != parameter.shape):
+                    raise ValueError("the optimiser's state has other shapes than the weights")
         torch.set_rng_state(state["rng"].cpu())
         if device.type == "cuda" and state["cuda_rng"]:
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        return step, history, state["spent"], state["loss_sum"], state["correct"]
+        return step, history, float(state["spent"]), state["loss_sum"].reshape(()).double(), state["correct"].reshape(()).long()
     except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"{source} does not fit this run ({first_line(error)}): discard it with --overwrite") from None
 
@@ -1359,7 +1420,9 @@ def run_jobs(jobs, device="cpu", together=False):
 
 
 def _job_process(pickled):
-    """One job in a process of its own, as the script itself would run it."""
+    """One job in a process of its own, as the script itself would run it; it saves and ends when the script is killed."""
+    script = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (script.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
     cli(lambda: run_jobs([torch.load(io.BytesIO(pickled), weights_only=False)]))   # bytes of the parent, not of a file
@@ -1586,6 +1649,17 @@ def claims_markdown(rows):
     return text
 
 
+def checked_claims(rows, file):
+    """`rows` as read from `file`; InputError when they are not those of a claims table."""
+    try:
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            claims_markdown(rows)
+            return rows
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{file} is not a table of claims: remove it, or make that figure again")
+
+
 def scope(seeds, teachers=1):
     """What an interval covers, for the reader of a table: points alone, or points and seeds, and how many teachers."""
     if seeds == 1:
@@ -1605,7 +1679,7 @@ def show_results(folder):
     """Print every claims table below `folder` as one, and the paths of the figures."""
     rows = []
     for file in sorted(Path(folder).rglob("claims.json")):
-        rows += [dict(row, claim=f"{file.parent.relative_to(folder)}: {row['claim']}") for row in read_json(file)]
+        rows += [dict(row, claim=f"{file.parent.relative_to(folder)}: {row['claim']}") for row in checked_claims(read_json(file), file)]
     print(claims_markdown(rows))
     for figure in sorted(Path(folder).rglob("*.png")):
         print(f"figure: {figure}")
@@ -1613,6 +1687,9 @@ def show_results(folder):
 
 def save_figure(figure, folder, name):
     """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path. The PNG records this command."""
+    for text in (*figure.texts, *(axis.title for axis in figure.axes)):   # they hold names that a user gave: no formulas, any bytes
+        text.set_text(text.get_text().encode(errors="replace").decode())
+        text.set_parse_math(False)
     for ending in ("pdf", "png"):
         # No date in the file: the same run folders and command give the same bytes.
         metadata = dict(CreationDate=None) if ending == "pdf" else dict(Command=command_line())

@@ -41,6 +41,7 @@ measuring, half of it with --points 512, beside 25 s to train its runs.
 import argparse
 import functools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 
 import common
-from analyze_deviation import phi_of_class
+from analyze_deviation import check_logits, phi_of_class
 from train_student import train_student
 from train_teacher import train_teacher
 
@@ -374,7 +375,8 @@ def measure_seed(args, seed, data):
             if percent == args.variants_at and what != "smooth":
                 table[what, percent].update(measure(*common_arguments, variants, {}, whole, step_size, moves=False))
 
-    student = common.read_npz(runs["kd"] / "logits.npz", common.LOGITS)["train_logits"][chosen.cpu().numpy()]
+    file = runs["kd"] / "logits.npz"
+    student = check_logits(common.read_npz(file, common.LOGITS)["train_logits"], file, all_logits["teacher"])[chosen.cpu().numpy()]
     return dict(table=table, x=x, gap=phi_of_class(student, predicted) - x, n=len(chosen), all_points=len(data.y_train), parameters=sum(
         dict(model.named_parameters())[name].numel() for name in names), all_parameters=sum(p.numel() for p in model.parameters()),
         smoothing=smoothing, accuracy={name: common.last_metrics(run)["test_acc"] for name, run in runs.items()})
@@ -606,14 +608,14 @@ def main(argv=None):
     add("--teacher", help="run folder of a finished teacher; {seed} in it stands for the seed (default: trained when missing)")
     for what in LOSSES:
         add(f"--{what}", help=f"run folder of the {what} student, made by this script; {{seed}} stands for the seed (default: in --runs, trained when missing)")
-    add("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens both teacher and student")
-    add("--temperatures", type=common.number(float, 0, open_low=True), nargs="*", default=[1, 2, 8], help="further temperatures, measured at --variants-at")
+    add("--temperature", type=common.number(float, 0, 1e6, open_low=True), default=4.0, help="softens both teacher and student")
+    add("--temperatures", type=common.number(float, 0, 1e6, open_low=True), nargs="*", default=[1, 2, 8], help="further temperatures, measured at --variants-at")
     add("--teacher-epochs", type=common.number(int, 1), nargs="*", help="further teachers, trained for so many epochs, measured at --variants-at (default: 4%% and 25%% of --epochs)")
     add("--percents", type=common.number(float, 0, 100, True, True), nargs="+", default=[5, 25, 50], help="shares of the steps at which to measure, besides 0 and 100")
     add("--variants-at", type=common.number(float, 0, 100), default=25, help="one of those, where further temperatures and teachers are measured")
     add("--points", type=common.number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
     add("--held-out", type=common.number(int, 0), default=2000, help="the first so many test images as held-out data; 0 for all")
-    add("--batches", type=common.number(int, 2), default=8, help="mini-batches of each size")
+    add("--batches", type=common.number(int, 2, 1000), default=8, help="mini-batches of each size")
     add("--max-parameters", type=common.number(int, 0), default=0, help="only the last parameter tensors that hold at most that many: an approximation for large nets; 0 for all")
     parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True, out="results/denoise")
     args = common.resolve(parser.parse_args(argv))
@@ -631,12 +633,13 @@ def main(argv=None):
     data = common.data_from(args)
     if data.streams:
         raise common.InputError("the gradients are taken of images in memory: give --loader device, with a smaller --image-size or --subset if they do not fit")
-    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    common.check_model(args, data)   # a wrong one fails before anything is discarded
     teachers = [Path(args.teacher.replace("{seed}", str(seed))) for seed in args.seeds] if args.teacher else []
-    for run in teachers:
-        common.finished_config(run)
+    for run in sorted(set(teachers)):
+        common.load_teacher(run, data)
     planned = [student_folder(what, args, seed) for seed in args.seeds for what in LOSSES]
-    if len({run.resolve() for run in planned}) < len(planned) or {run.resolve() for run in planned} & {run.resolve() for run in teachers}:
+    places, given = ({os.path.realpath(run) for run in group} for group in (planned, teachers))
+    if len(places) < len(planned) or places & given:
         raise common.InputError("two runs share a folder: give --teacher, --onehot, --kd and --smooth different ones, with {seed} in each for several seeds")
     own = args.teacher_epochs + ([] if args.teacher else [args.epochs])
     common.discard_runs(args, planned + [teacher_folder(args, seed, epochs) for seed in args.seeds for epochs in own])

@@ -42,6 +42,7 @@ example the best student is not better than the best early stop. In the construc
 (noise in low directions; slope of φ 1.13), +3.6 (too few of them to fit it; slope 0.92) and −2.0 (signal there).
 """
 import functools
+import hashlib
 import json
 import math
 import time
@@ -418,11 +419,13 @@ TRAINING = ("width", "buckets", "batch_size", "temperature")   # the flags that 
 def cached(args, name, seed, data, compute, flags, **settings):
     """`compute()` as kept in --out/seeds/<name>-s<seed>.json; InputError when that was made with other settings."""
     settings.update({flag: getattr(args, flag) for flag in flags}, data=data.facts)
+    digest = lambda result: hashlib.sha256(json.dumps(result).encode()).hexdigest()
     path = Path(args.out) / "seeds" / f"{name}-s{seed}.json"
     if path.exists() and not args.overwrite:
         kept = common.read_json(path)
-        if not (isinstance(kept, dict) and isinstance(kept.get("settings"), dict) and isinstance(kept.get("result"), dict) and kept["result"]):
-            raise common.InputError(f"{path} is not a finished seed: remove it, or discard all with --overwrite")
+        if not (isinstance(kept, dict) and isinstance(kept.get("settings"), dict) and isinstance(kept.get("result"), dict) and kept["result"]
+                and kept.get("sha256", digest(kept["result"])) == digest(kept["result"])):
+            raise common.InputError(f"{path} is not a finished seed, or has changed: remove it, or discard all with --overwrite")
         if kept.get("settings") != settings:
             different = sorted(key for key in settings if kept.get("settings", {}).get(key) != settings[key])
             raise common.InputError(f"{path} was made with other settings ({', '.join(different)}): choose another --out, "
@@ -432,7 +435,8 @@ def cached(args, name, seed, data, compute, flags, **settings):
     result = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Plain json: unlike a report, it must give NaN (a level that a path never reaches) back as NaN.
-    common.write_text(path, json.dumps(dict(settings=settings, seconds=time.perf_counter() - started, versions=common.versions(), result=result)))
+    common.write_text(path, json.dumps(dict(settings=settings, seconds=time.perf_counter() - started, versions=common.versions(), result=result,
+                                            sha256=digest(result))))
     print(f"{name}, seed {seed}: {time.perf_counter() - started:.1f} s")
     return result
 
@@ -730,10 +734,7 @@ def pyplot():
 def kept_claims(path):
     """The claims in a level's JSON, none where it is missing; InputError when it is not one."""
     claims = common.read_json(path) if path.exists() else {"claims": []}
-    claims = claims.get("claims") if isinstance(claims, dict) else None
-    if not isinstance(claims, list) or not all(isinstance(row, dict) and {"claim", "measured", "verdict"} <= row.keys() for row in claims):
-        raise common.InputError(f"{path} is not the result of a level: remove it")
-    return claims
+    return common.checked_claims(claims.get("claims") if isinstance(claims, dict) else None, path)
 
 
 def main(argv=None):
@@ -745,17 +746,17 @@ def main(argv=None):
     add("--subset", type=common.number(int, 0), default=0, help="classifiers: train on that many images, class-balanced; 0 for all")
     add("--label-noise", type=common.number(float, 0, 1, open_high=True), help="share of training labels replaced by another class (default: 0.3 for digits, else 0)")
     add("--data-seed", type=common.number(int, 0), default=0, help="seed of the subset and of the label noise")
-    add("--image-size", type=common.number(int, 8), help="resize the images of folder:PATH to this side")
+    add("--image-size", type=common.number(int, 8, 4096), help="resize the images of folder:PATH to this side")
     add("--archs", nargs="+", default=list(CLASSIFIERS), help=f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>")
     add("--ntk-arch", default="resnet8", help="ntk: the network")
     add("--points", type=common.number(int, 20), default=500, help="ntk: training images, class-balanced, that make the kernel and are trained on")
     add("--memory-gb", type=common.number(float, 0, open_low=True), default=8.0, help="ntk: refuse kernels that need more GiB than that")
     add("--width", type=common.number(float, 0, 64, open_low=True), default=0.5, help="multiplies the channels of the models")
-    add("--buckets", type=common.number(int, 2), default=4, help="eigen-buckets")
+    add("--buckets", type=common.number(int, 2, 100), default=4, help="eigen-buckets")
     add("--steps", type=common.number(int, 2), help="steps of the teacher (default: CLASSIFIERS and NTK in the source)")
-    add("--lr", type=common.number(float, 0, open_low=True), help="learning rate; classifiers: in units of 1/λ1 of the first layer's input")
+    add("--lr", type=common.number(float, 0, 1e30, open_low=True), help="learning rate; classifiers: in units of 1/λ1 of the first layer's input")
     add("--batch-size", type=common.number(int, 0), default=250, help="images per step, 0 for all")
-    add("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens teacher and student in the distillation loss")
+    add("--temperature", type=common.number(float, 0, 1e6, open_low=True), default=4.0, help="softens teacher and student in the distillation loss")
     add("--seeds", type=common.number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="seeds")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
     add("--out", default="results/eigenspace", help="folder for figures, results and claims; finished seeds in it are not repeated")
@@ -769,14 +770,15 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False   # the small eigenvalues need the bits
     started = time.perf_counter()
     levels = ("linear", "classifiers", "ntk") if args.level == "all" else (args.level,)
+    load = lambda count: common.load_data(args.data, args.data_dir, count, args.label_noise, args.data_seed, args.image_size, args.device)
     points_data = None
     if "ntk" in levels:   # first, since it may refuse: nothing is to be trained before that
         try:
-            points_data = common.load_data(args.data, args.data_dir, args.points, args.label_noise, args.data_seed, args.image_size, args.device)
+            points_data = load(args.points)
         except common.InputError as error:
             raise common.InputError(str(error).replace("--subset", "--points").replace(", or 0 for all", "")) from None
         check_ntk_memory(points_data, args)
-    data = common.data_from(args) if levels != ("ntk",) else points_data
+    data = load(args.subset) if levels != ("ntk",) else points_data
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for level in ("linear", "classifiers", "ntk"):
         kept_claims(Path(args.out) / f"{level}.json")   # a damaged one is named before the work

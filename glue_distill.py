@@ -24,6 +24,7 @@ import argparse
 import csv
 import hashlib
 import math
+import os
 import re
 import time
 import warnings
@@ -181,7 +182,11 @@ def csv_splits(path, data_seed):
         order = torch.randperm(len(every), generator=common.generator("split", data_seed)).tolist()
         fifth = len(every) // 5
         rows = [every[k] for k in sorted(order[fifth:])], [every[k] for k in sorted(order[:fifth])]
-    names = sorted({row[2] for part in rows for row in part}, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
+
+    def order(label):   # numbers first, by their size; of any length, which int() does not take
+        digits = label.lstrip("0") if label.isdecimal() else ""
+        return not label.isdecimal(), len(digits), digits, label
+    names = sorted({row[2] for part in rows for row in part}, key=order)
     unknown = {row[2] for row in rows[1]} - {row[2] for row in rows[0]}
     if unknown:
         raise common.InputError(f"{path}: the label {sorted(unknown)[0]!r} is in the test split alone: give training texts of it")
@@ -342,11 +347,12 @@ SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium"
 
 def size_of(name):
     """(layers, hidden units, heads) of a model from scratch, or None when `name` is a hub id or a folder."""
-    match = re.fullmatch(r"(\d+)x(\d+)", name)
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", name)
     if match:
-        layers, hidden = map(int, match.groups())
-        if not layers or not hidden or hidden > 32 and hidden % 32:
-            raise common.InputError(f"--student or --teacher {name}: hidden units must be a multiple of 32, or below 32, and layers at least 1")
+        layers, hidden = (int(digits) if len(digits) < 10 else 0 for digits in match.groups())
+        if not 0 < layers <= 1000 or not 0 < hidden <= 2 ** 16 or hidden > 32 and hidden % 32:
+            raise common.InputError(f"--student or --teacher {name}: hidden units must be a multiple of 32, or below 32, and layers at least 1; "
+                                    "at most 1000 layers and 65536 units")
         return layers, hidden, max(1, hidden // 64 if hidden % 64 == 0 else hidden // 32)
     return SIZES.get(name)
 
@@ -415,6 +421,8 @@ def prepare(name, data, args):
         if args.max_length > positions:
             raise common.InputError(f"--max-length {args.max_length} is more than the {positions} positions of {name}: give at most {positions}")
     tokens = {key: encode(tokenizer, split.first, split.second, args.max_length, args.device) for key, split in data.splits.items()}
+    if max(int(part.ids.max()) for part in tokens.values()) >= config.vocab_size:
+        raise common.InputError(f"the tokenizer in {name} gives token numbers beyond the {config.vocab_size} of its model: put the model's own tokenizer there")
     cut = float((tokens["train"].lengths >= args.max_length).double().mean())
     if cut > 0.01:
         print(f"{name}: {100 * cut:.1f}% of the training texts reach --max-length {args.max_length} and may be truncated")
@@ -517,8 +525,9 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
                 bar.update()
                 if stop:
                     break
-            if not torch.isfinite(loss_sum):
-                raise common.InputError(f"the loss became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {peak:g}) "
+            # Weights too: the loss of a step is older than what the step did to them.
+            if not torch.isfinite(torch.stack([loss_sum, *(p.detach().double().sum() for p in network.parameters())])).all():
+                raise common.InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {peak:g}) "
                                         "or lengthen --warmup; the last checkpoint is kept")
             if step % per_epoch == 0:
                 seconds = spent + time.perf_counter() - started
@@ -690,8 +699,8 @@ def teacher_logits(run, data):
         raise common.InputError(f"teacher {run} was trained on other texts than --task {data.facts['name']} gives here: use the same --task, --subset, "
                                 "--data-seed and files")
     logits = common.read_npz(Path(run) / "logits.npz", ("train_logits",))["train_logits"]
-    if logits.shape != (data.facts["n_train"], data.classes) or not np.isfinite(logits).all():
-        raise common.InputError(f"{run}/logits.npz has train_logits {list(logits.shape)} or values that are not finite: train it again with --overwrite")
+    if logits.shape != (data.facts["n_train"], data.classes) or logits.dtype != np.float32 or not np.isfinite(logits).all():
+        raise common.InputError(f"{run}/logits.npz has train_logits {logits.dtype} {list(logits.shape)} or values that are not finite: train it again with --overwrite")
     return logits, hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
 
 
@@ -706,11 +715,13 @@ def metric_rows(named, data):
     rows = []
     for what, runs in named.items():
         lines = [common.last_metrics(run) for run in runs]
-        row = dict(network=what, runs=[str(run) for run in runs], parameters=common.read_json(runs[0] / "config.json")["parameters"])
-        for split in [key for key in data.splits if key != "train"]:
-            for name in METRICS.get(data.facts["name"], ("acc",)):
-                row[f"{split}_{name}"] = [line[f"{split}_{name}"] for line in lines]
-        row |= {name: float(np.mean([line[name] for line in lines])) for name in ("train_acc", "tokens_per_s", "padding_share", "padding_share_to_max")}
+        row = dict(network=what, runs=[str(run) for run in runs], parameters=common.read_config(runs[0]).get("parameters", 0))
+        metrics = [f"{split}_{name}" for split in data.splits if split != "train" for name in METRICS.get(data.facts["name"], ("acc",))]
+        means = ("train_acc", "tokens_per_s", "padding_share", "padding_share_to_max")
+        lacking = [(run, name) for run, line in zip(runs, lines) for name in (*metrics, *means) if name not in line]
+        if lacking:
+            raise common.InputError(f"{lacking[0][0]}/metrics.jsonl ends without a {lacking[0][1]}: train that run again with --overwrite")
+        row |= {name: [line[name] for line in lines] for name in metrics} | {name: float(np.mean([line[name] for line in lines])) for name in means}
         rows.append(row)
     return rows
 
@@ -790,18 +801,18 @@ def main(argv=None):
     add("--window", type=number(int, 0), default=0, help="steps over which the weights move linearly to the new loss; 0 switches at once")
     add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
     add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    add("--temperature", type=number(float, 0, open_low=True), default=2.0, help="softens both teacher and student in the distillation term")
+    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help="softens both teacher and student in the distillation term")
     add("--tokenizer", help="folder with vocab.json and merges.txt for models from scratch (default: a byte-level BPE of the training texts)")
-    add("--vocab-size", type=number(int, 300), default=8000, help="largest vocabulary of that BPE")
-    add("--max-length", type=number(int, 8), default=128, help="texts are truncated to that many tokens")
+    add("--vocab-size", type=number(int, 300, 1_000_000), default=8000, help="largest vocabulary of that BPE")
+    add("--max-length", type=number(int, 8, 100_000), default=128, help="texts are truncated to that many tokens")
     add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling before a model from scratch")
     add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
-    add("--mlm-lr", type=number(float, 0, open_low=True), help="its peak learning rate (default: twice the classifier's)")
+    add("--mlm-lr", type=number(float, 0, 1e38, open_low=True), help="its peak learning rate (default: twice the classifier's)")
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, 3 for a pretrained model)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    add("--lr", type=number(float, 0, open_low=True), help="peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; 2e-5 for a pretrained model)")
+    add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; 2e-5 for a pretrained model)")
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share of training with linear warm-up; then linear decay to 0")
-    add("--weight-decay", type=number(float, 0), default=0.1, help="decoupled weight decay of the matrices")
+    add("--weight-decay", type=number(float, 0, 1e38), default=0.1, help="decoupled weight decay of the matrices")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
     add("--compile", action="store_true", help="torch.compile the model (pays off for long runs on CUDA)")
@@ -810,7 +821,7 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--bootstrap", type=number(int, 100), default=1000, help="bootstrap draws behind each interval")
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, help="bootstrap draws behind each interval")
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     args = resolve(parser.parse_args(argv))
     import transformers
@@ -825,6 +836,8 @@ def main(argv=None):
     models = {name: prepare(name, data, args) for name in dict.fromkeys(([] if args.teacher_run else [args.teacher]) + args.student)}
     total = math.ceil(data.facts["n_train"] / args.batch_size)
     named = {}   # what: run folder of each seed
+    for seed in args.seeds if args.teacher_run else ():   # a wrong one is refused before anything is discarded
+        teacher_logits(args.teacher_run.replace("{seed}", str(seed)), data)
     results.mkdir(parents=True, exist_ok=True)
 
     for seed in args.seeds:
@@ -832,6 +845,8 @@ def main(argv=None):
 
         def train(what, run, name, role="student", **more):
             named.setdefault(what, []).append(run)
+            if args.overwrite and args.teacher_run and os.path.realpath(run) == os.path.realpath(args.teacher_run.replace("{seed}", str(seed))):
+                raise common.InputError(f"--overwrite would discard the teacher {args.teacher_run} of this command: choose another --out")
             with common.locked(run):
                 train_classifier(run, models[name], args, role, seed, data, pretrained[name], **more)
             return run

@@ -117,8 +117,13 @@ def train_seeds(base, args, options, data, teacher_runs, steps):
 
 def accuracy_sums(runs, resamples, rng):
     """Test accuracies [1 + B, len(runs)] of several runs of one seed: on the test points, then on bootstrap draws of them."""
-    files = [common.read_npz(run / "logits.npz", ("test_logits", "test_labels")) for run in runs]
-    correct = np.stack([file["test_logits"].argmax(1) == file["test_labels"] for file in files], axis=1).astype(float)
+    correct, first = [], None
+    for file in [run / "logits.npz" for run in runs]:
+        arrays = common.read_npz(file, ("test_logits", "test_labels"))
+        logits = analyze_deviation.check_logits(arrays["test_logits"], file, first)
+        first = logits if first is None else first
+        correct.append(logits.argmax(1) == analyze_deviation.check_labels(arrays["test_labels"], file, logits))
+    correct = np.stack(correct, axis=1).astype(float)
     return analyze_deviation.resampled_sums(correct, resamples, rng) / len(correct)
 
 
@@ -254,6 +259,8 @@ def plot_curves(plt, folders, trunks, seeds, folder, title):
     def curve(axis, runs, after=0, **style):
         curves = [{line["epoch"]: line["test_acc"] for line in common.read_metrics(run) if "test_acc" in line} for run in runs]
         epochs = np.array(sorted(set.intersection(*map(set, curves))))   # seeds may have been evaluated at other epochs
+        if not len(epochs):
+            raise common.InputError(f"{', '.join(map(str, runs))}: metrics.jsonl has no epoch with a test_acc in all: train these again with --overwrite")
         mean = 100 * np.mean([[of_run[epoch] for epoch in epochs] for of_run in curves], 0)
         shown = np.flatnonzero(epochs >= after)   # before its switch a branch is its trunk
         return axis.plot(epochs[max(0, shown[0] - 1):], mean[max(0, shown[0] - 1):], lw=1.2, **style)[0], epochs, mean
@@ -300,7 +307,7 @@ def main(argv=None):
     add("--switch-at", type=common.number(float, 0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9, 1], help="shares of training before the switch; 0 and 1 are the pure runs")
     add("--window", type=common.number(int, 0), default=0, help="steps over which the weights move linearly to the new loss; 0 switches at once")
     add("--teacher-epochs", type=common.number(int, 1), nargs="+", default=[], help="also distil from teachers stopped after these epochs, and plot the gain against their fit")
-    add("--bootstrap", type=common.number(int, 100), default=2000, help="bootstrap draws behind each interval")
+    add("--bootstrap", type=common.number(int, 100, 1_000_000), default=2000, help="bootstrap draws behind each interval")
     add("--results", default="results/fig1b", help="folder for figures, tables and claims")
     options = common.resolve(parser.parse_args(argv))
     args = common.only_flags(options, common.add_flags, add_student_flags)
@@ -321,14 +328,14 @@ def main(argv=None):
     base, results, seeds = args.out or f"runs/{common.default_name(args)}", Path(options.results), common.shard_of(options)
     results.mkdir(parents=True, exist_ok=True)
 
-    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
-    if args.teacher:
-        for seed in seeds:
-            common.finished_config(args.teacher.replace("{seed}", str(seed)))
+    common.check_model(args, data)   # a wrong one fails before anything is discarded
+    given = sorted({args.teacher.replace("{seed}", str(seed)) for seed in seeds}) if args.teacher else []
+    for run in given:
+        common.load_teacher(run, data)
     planned = [run for seed in seeds for part in run_folders(base, options, seed, steps, total) for run in part.values()]
     planned += [] if args.teacher else [Path(f"{base}-teacher-s{seed}") for seed in seeds]
     planned += [Path(f"{base}-{name}-e{epochs}-s{seed}") for seed in seeds for epochs in options.teacher_epochs for name in ("teacher", "kd")]
-    common.discard_runs(args, planned)
+    common.discard_runs(args, planned, given)
     teachers = {seed: Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}") for seed in seeds}
     folders, trunks = train_seeds(base, args, options, data, teachers, steps)
     if seeds != args.seeds:
@@ -348,7 +355,7 @@ def main(argv=None):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    title = f"{args.data}, {args.arch}; intervals {over}".replace("$", r"\$")
+    title = f"{args.data}, {args.arch}; intervals {over}"
     plot_switches(plt, rows, results, title)
     plot_curves(plt, folders, trunks, seeds, results, title)
     if by_teacher:

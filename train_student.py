@@ -23,7 +23,7 @@ def add_student_flags(parser):
     parser.add_argument("--teacher", help="run folder of a finished teacher; {seed} in it stands for the seed")
     parser.add_argument("--kd-weight", type=common.number(float, 0), default=1.0, help="weight of the distillation term")
     parser.add_argument("--ce-weight", type=common.number(float, 0), default=0.0, help="weight of the one-hot term")
-    parser.add_argument("--temperature", type=common.number(float, 0, open_low=True), default=4.0, help="softens both teacher and student in the distillation term")
+    parser.add_argument("--temperature", type=common.number(float, 0, 1e6, open_low=True), default=4.0, help="softens both teacher and student in the distillation term")
     parser.add_argument("--teacher-cache", choices=("auto", "on", "off"), default="auto", help="look teacher logits up in a table instead of computing them in every step; auto: where that saves time")
     parser.add_argument("--snapshot-at", type=common.number(float, 0, 1), nargs="*", default=[], help="shares of training at which to keep the state, for switch_distill.py and denoise_gradients.py")
 
@@ -69,12 +69,12 @@ def main(argv=None):
     # A one-hot student depends on no teacher, so one control serves the students of any teacher.
     names = {seed: args.teacher.replace("{seed}", str(seed)) if args.kd_weight else None for seed in runs}
     models = {name: common.load_teacher(name, data) for name in sorted(set(names.values()) - {None})}
-    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
-    common.discard_runs(args, runs.values())
+    common.check_model(args, data)   # a wrong one fails before anything is discarded
     source = None
     if models:
         students = total / per_epoch * len(runs) / len(models)   # epochs of the students of one teacher
         source = common.teacher_source(args.teacher_cache, data, args, students, students if args.view_seed is None else total / per_epoch, next(iter(runs.values())))
+    common.discard_runs(args, runs.values(), models)
     teachers = {name: common.TeacherLogits(model, data, args.precision, source) for name, model in models.items()}
     common.run_jobs([functools.partial(train_student, run, args, seed, data, teachers.get(names[seed]), snapshots=snapshots)
                      for seed, run in runs.items()], args.device, args.together)

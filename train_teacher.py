@@ -35,7 +35,7 @@ def main(argv=None):
     args = common.only_flags(options, common.add_flags)
     data = common.data_from(args)
     runs = {seed: common.run_folder(args, seed, f"{common.default_name(args)}-teacher") for seed in common.shard_of(options)}
-    common.build_model(args.arch, data.classes, data.facts["image"], args.width)   # a wrong one fails before anything is discarded
+    common.check_model(args, data)   # a wrong one fails before anything is discarded
     common.discard_runs(args, runs.values())
     common.run_jobs([functools.partial(train_teacher, run, args, seed, data) for seed, run in runs.items()], args.device, args.together)
 
