@@ -28,6 +28,7 @@ reproduce: .venv/ready
 	@$(MAKE) --no-print-directory fig1b fig1a fig-denoise & first=$$!; \
 	  $(MAKE) --no-print-directory fig-eigenspace fig-glue; second=$$?; wait $$first && exit $$second
 	@$(PY) -c 'import common; common.cli(lambda: common.show_results("results"))'
+	@$(PY) report.py
 
 fig1a: .venv/ready
 	$(PY) train_teacher.py $(COMMON) --quiet --out "runs/$(NAME)-teacher-s{seed}"
