@@ -1540,11 +1540,11 @@ def training(run, model, data, args, role, seed, loss_fn, weights_at, teacher=No
                     save(checkpoint)
                     print(f"{run}: saved at step {step} of {total}")
                     raise
-                if step in snapshots:
-                    save(run / f"snapshot-{step}.pt")
                 lr = learning_rate(step, args, per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr_tensor.fill_(lr) if graphs else lr
+                if step in snapshots:   # with this step's learning rate, also where the run was continued just here
+                    save(run / f"snapshot-{step}.pt")
                 ce_weight, kd_weight = weights_at(step)
                 if kd_weight and table is False:
                     stream = (role, seed if args.view_seed is None else args.view_seed)

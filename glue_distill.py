@@ -508,11 +508,11 @@ def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapsh
             network.train()
             started = time.perf_counter()
             for index in plan[step % per_epoch:]:
-                if step in snapshots:
-                    save(run / f"snapshot-{step}.pt")
                 lr = learning_rate(step, peak, args.warmup, total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                if step in snapshots:   # with this step's learning rate, also where the run was continued just here
+                    save(run / f"snapshot-{step}.pt")
                 loss, hits, logged = loss_at(step, index, forward)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
