@@ -241,7 +241,7 @@ def points_from_runs(teachers, students, controls=()):
             labels = check_labels(arrays["teacher"][f"{split}_labels"], files["teacher"], teacher)
             networks = {name: check_logits(arrays[name][f"{split}_logits"], files[name], teacher) for name in runs if name != "teacher"}
             for name in networks:
-                if not np.array_equal(arrays[name][f"{split}_labels"], labels):
+                if not np.array_equal(check_labels(arrays[name][f"{split}_labels"], files[name], teacher), labels):
                     raise common.InputError(f"{runs[name]} and {runs['teacher']} have different {split} labels: train both on the same data")
             points[split].append(dict(teacher=teacher, labels=labels, networks=networks))
     return points

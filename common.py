@@ -1176,7 +1176,7 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(dict(state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))   # these are of the flags
         step, history = state["step"], state["history"]
-        if not (isinstance(step, int) and 0 <= step <= total and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))
+        if not (isinstance(step, int) and 0 <= step <= total and isinstance(history, list) and [line["epoch"] for line in history] == list(range(1, step // per_epoch + 1))
                 and all(isinstance(value, (int, float)) for line in history for value in line.values())):
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
         for parameter, kept in optimizer.state.items():   # load_state_dict takes any shape
@@ -1284,18 +1284,15 @@ def teacher_source(choice, data, args, students, streams, run):
     per_view = len(data.y_train) * data.classes * (2 if args.precision == "bf16" else 4)
     folder = next(parent for parent in Path(run).absolute().parents if parent.exists())
     passes = {"live": students}
-    if choice == "off" or not students or ranks()[1] > 1:   # each process would fill a whole table
-        choice = "off"
-    if streams * per_view < shutil.disk_usage(folder).free / 2:
-        passes["epochs"] = streams
-    if data.n_views * per_view < free_memory(data.device) / 2:
-        passes["views"] = data.n_views
-    if choice == "off":
-        passes = {"live": students}
-    elif choice == "on":
-        del passes["live"]
-        if not passes:
-            raise InputError(f"--teacher-cache on: tables of {data.n_views * per_view / 1e9:.1f} GB fit neither into memory nor on the disk: use auto or off")
+    if choice != "off" and students and ranks()[1] == 1:   # each process of torchrun would fill a whole table
+        if streams * per_view < shutil.disk_usage(folder).free / 2:
+            passes["epochs"] = streams
+        if data.n_views * per_view < free_memory(data.device) / 2:
+            passes["views"] = data.n_views
+        if choice == "on":
+            del passes["live"]
+    if not passes:
+        raise InputError(f"--teacher-cache on: tables of {data.n_views * per_view / 1e9:.1f} GB fit neither into memory nor on the disk: use auto or off")
     source = min(passes, key=passes.get)
     what = dict(live="teacher forward in every step", epochs="a table of each epoch's views", views=f"a table of all {data.n_views} views")[source]
     if students:
