@@ -6,6 +6,7 @@
 
 The loss is ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T). A student never shares initialisation, order or
 augmentation with a teacher of the same seed; students of the same seed share all three, so that they are paired.
+Several seeds: --together trains them side by side, --shard i/n splits them over jobs; torchrun splits one run over GPUs.
 Expected: digits with 30% label noise, ResNet-8, `--recipe quick`: 93.8% ± 1.5 for distillation, 89.8% ± 2.1 for the
 control (95% intervals over 5 seeds). CIFAR-100, ResNet-56 self-distillation, `--recipe short`: 73.5% against 71.8% for
 the control (one seed, a prototype on one H100).
