@@ -177,12 +177,13 @@ def check_logits(logits, name, like=None):
     if like is not None and logits.shape != like.shape:
         raise common.InputError(f"{name} is {list(logits.shape)} but the teacher's logits are {list(like.shape)}: give the "
                                 "same points in the same order, and the same classes")
+    logits = logits.astype(np.float64)
     if not np.isfinite(logits).all():
         row = int(np.argwhere(~np.isfinite(logits))[0, 0])
         raise common.InputError(f"{name} has NaN or infinite values (first in row {row}): give finite logits, or log-probabilities clipped from below")
     if np.abs(logits).max() > 1e6:
         raise common.InputError(f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved")
-    return logits.astype(np.float64)
+    return logits
 
 
 def check_labels(labels, name, logits):

@@ -161,7 +161,10 @@ def read_npz(path, keys):
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
             if file.zip.testzip():   # numpy compares no checksum where a damaged header asks for less than there is
                 raise ValueError("a checksum does not fit")
-            return {key: file[key] for key in keys}
+            arrays = {key: file[key] for key in keys}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds other things than arrays")
+            return arrays
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path") from None
     except InputError:

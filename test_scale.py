@@ -191,7 +191,8 @@ def test_the_compiled_step_equals_the_eager_step_and_is_compiled_once(image_data
     assert close(weights, fast, 5e-4) and torch.allclose(sums[0], fast_sums[0], atol=1e-3) and abs(sums[1] - fast_sums[1]) <= 2
     compiled = counters["stats"]["unique_graphs"]
     stepper(image_data, fast=True)
-    assert counters["stats"]["unique_graphs"] == compiled   # another model of the same architecture runs the same code
+    if hasattr(torch._dynamo.config, "inline_inbuilt_nn_modules") and torch._dynamo.config.inline_inbuilt_nn_modules:   # torch >= 2.5
+        assert counters["stats"]["unique_graphs"] == compiled   # another model of the same architecture runs the same code
 
 
 class FakeGraphs:
