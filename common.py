@@ -480,7 +480,8 @@ def read_image(file, side=None):
     """uint8 [H, W, 3] of an image file; `side` resizes the short side and crops the centre."""
     from PIL import Image, ImageOps
     try:
-        with Image.open(file) as image:
+        # By content, a file of any name could be another format; decoding EPS would start a program.
+        with Image.open(file, formats=("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")) as image:
             image = image.convert("RGB")
     except Exception as error:   # PIL raises many kinds on a damaged file
         raise InputError(f"{file} is not a readable image ({first_line(error)}): replace or remove it") from None

@@ -848,3 +848,11 @@ def test_faults_a_malicious_cifar_pickle_or_saved_model_never_runs(tmp_path, mon
     torch.save({"roberta.embeddings.word_embeddings.weight": Malicious()}, tmp_path / "model" / "pytorch_model.bin")
     assert "model cannot be loaded" in refused(glue_distill, *LANGUAGE, "--teacher", "model", "--mode", "onehot").replace("./model", "model")
     assert not Path("ran").exists()
+
+
+def test_faults_an_image_of_another_format_than_its_name_is_refused(tmp_path):
+    """PIL would recognise EPS by its content and start Ghostscript to decode it."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "image.eps")
+    (tmp_path / "image.eps").rename(tmp_path / "image.png")
+    with pytest.raises(common.InputError, match="not a readable image"):
+        common.read_image(tmp_path / "image.png")
