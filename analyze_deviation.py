@@ -290,9 +290,7 @@ def statistics_markdown(tables):
 
 def plot(points, tables, folder, title):
     """Figure 1a: log density of (X, Y) for every split (rows) and network (columns), with y = x and the mean fit."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     networks = list(next(iter(points.values()))[0]["networks"])
     figure, axes = plt.subplots(len(points), len(networks), figsize=(4.6 * len(networks), 4.2 * len(points)), squeeze=False, layout="constrained")
     for row, split in enumerate(points):
@@ -314,7 +312,6 @@ def plot(points, tables, folder, title):
             axis.legend(loc="upper left", fontsize=8)
     figure.suptitle(title)
     common.save_figure(figure, folder, "fig1a")
-    plt.close(figure)
 
 
 def main(argv=None):

@@ -94,7 +94,7 @@ class PILImages(torch.utils.data.Dataset):
         return self.transform(self.images[k]), self.labels[k]
 
 
-def ours(data, arch, kd, batch, epochs, device, fast=False, cache=False, seeds=1, precision="auto"):
+def ours(data, arch, kd, batch, epochs, device, fast=False, cache=False, seeds=1):
     """[seeds, epochs] seconds of each epoch of training in the engine, read from metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         parser = common.Parser("")
@@ -102,7 +102,7 @@ def ours(data, arch, kd, batch, epochs, device, fast=False, cache=False, seeds=1
         add_student_flags(parser)
         name = "digits" if data.facts["name"] == "digits" else "npz:"   # for the choice of precision
         flags = [f"--data={name}", f"--arch={arch}", f"--batch-size={batch}", f"--epochs={epochs + 1}", f"--eval-every={epochs + 1}", f"--device={device}",
-                 f"--precision={precision}", "--fast" if fast else "--no-fast", "--quiet", f"--kd-weight={int(kd)}", f"--ce-weight={1 - int(kd)}"]
+                 "--fast" if fast else "--no-fast", "--quiet", f"--kd-weight={int(kd)}", f"--ce-weight={1 - int(kd)}"]
         args = common.resolve(parser.parse_args(flags))
         args.together = seeds > 1
         teacher = None
@@ -241,9 +241,7 @@ def line(row):
 
 
 def plot(rows, folder, title):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     figure, axes = plt.subplots(1, len(archs), figsize=(5.2 * len(archs), 4), squeeze=False, layout="constrained")
     for axis, arch in zip(axes[0], archs):
@@ -255,7 +253,6 @@ def plot(rows, folder, title):
         axis.set(xlabel="images/s", title=arch)
     figure.suptitle(title)
     common.save_figure(figure, folder, "benchmark")
-    plt.close(figure)
 
 
 def main(argv=None):

@@ -750,6 +750,12 @@ def shard_of(args):
     return seeds
 
 
+def check_seeds(seeds):
+    """InputError when a seed is named twice."""
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: name each once")
+
+
 def resolve(args, distributed=False):
     """Fill in what the flags left to the recipe and the machine; returns args. distributed: as for `resolve_device`."""
     recipe = args.recipe
@@ -774,8 +780,7 @@ def resolve(args, distributed=False):
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
     if args.stop_epoch and args.stop_epoch > args.epochs:
         raise InputError(f"--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}: give at most {args.epochs}")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    check_seeds(args.seeds)
     args.device = resolve_device(args.device, distributed)
     if args.batch_size % ranks()[1]:
         raise InputError(f"--batch-size {args.batch_size} does not split over {ranks()[1]} processes: give a multiple")
@@ -1686,8 +1691,16 @@ def show_results(folder):
         print(f"figure: {figure}")
 
 
+def pyplot():
+    """matplotlib.pyplot without a window; imported where it is drawn, since that takes a second."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def save_figure(figure, folder, name):
-    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, and print the path. The PNG records this command."""
+    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, print the path and close it. The PNG records this command."""
     for text in (*figure.texts, *(axis.title for axis in figure.axes)):   # they hold names that a user gave: no formulas, any bytes
         text.set_text(text.get_text().encode(errors="replace").decode())
         text.set_parse_math(False)
@@ -1695,4 +1708,5 @@ def save_figure(figure, folder, name):
         # No date in the file: the same run folders and command give the same bytes.
         metadata = dict(CreationDate=None) if ending == "pdf" else dict(Command=command_line())
         write_atomic(Path(folder) / f"{name}.{ending}", lambda file: figure.savefig(file, format=ending, dpi=150, metadata=metadata))
+    pyplot().close(figure)
     print(f"figure: {Path(folder) / name}.png")

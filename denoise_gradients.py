@@ -515,9 +515,7 @@ def noise_markdown(seeds):
 
 def plot(seeds, args, folder):
     """One figure: noise scale over training, alignment against batch size, quarters, variants and the link to the gap."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     colours, labels = dict(onehot="tab:red", kd="tab:blue", smooth="tab:grey"), dict(onehot="one-hot", kd="KD", smooth="smoothed labels")
     table = seeds[0]["table"]
     figure, axes = plt.subplots(3, 3, figsize=(15, 12), layout="constrained")
@@ -589,7 +587,6 @@ def plot(seeds, args, folder):
         axis.title.set_fontsize(10)
     figure.suptitle(f"Gradient noise of one-hot, distilled and smoothed losses: {args.data}, {args.arch}, {len(seeds)} seeds; {approximation(seeds[0])}")
     common.save_figure(figure, folder, "denoise")
-    plt.close(figure)
 
 
 def approximation(seed):

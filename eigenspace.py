@@ -636,7 +636,7 @@ COLOURS = {"teacher": "black", "student": "crimson", "student fresh": "darkorang
 
 def plot_matched(results, folder, name, title, ylabel):
     """Rows: architectures or kernels. Columns: progress over training, (top, lower) planes of all seeds, ratio at matched top progress."""
-    plt = pyplot()
+    plt = common.pyplot()
     columns = max(len(seeds[0]["buckets"]) for seeds in results.values()) + 1
     figure, axes = plt.subplots(len(results), columns, figsize=(3.2 * columns, 3 * len(results)), squeeze=False, layout="constrained")
     for line, (what, seeds) in zip(axes, results.items()):
@@ -669,12 +669,11 @@ def plot_matched(results, folder, name, title, ylabel):
             axis.legend(fontsize=6)
     figure.suptitle(title)
     common.save_figure(figure, folder, name)
-    plt.close(figure)
 
 
 def plot_linear(results, spectra, folder):
     """Level 1: the theorem in the (top, lower) plane, filters, risk against noise, and two of the constructed examples."""
-    plt = pyplot()
+    plt = common.pyplot()
     figure, axes = plt.subplots(3, 3, figsize=(13, 11), layout="constrained")
     share = np.linspace(0.001, 0.999, 300)
     for axis, (name, values) in zip(axes[0], spectra.items()):
@@ -721,14 +720,6 @@ def plot_linear(results, spectra, folder):
     for axis in axes.flat:
         axis.legend(fontsize=7)
     common.save_figure(figure, folder, "linear")
-    plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def kept_claims(path):
@@ -762,8 +753,7 @@ def main(argv=None):
     add("--out", default="results/eigenspace", help="folder for figures, results and claims; finished seeds in it are not repeated")
     add("--overwrite", action="store_true", help="repeat finished seeds")
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise common.InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    common.check_seeds(args.seeds)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise common.InputError("--device cuda: no CUDA device is visible; use --device cpu")
     args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"

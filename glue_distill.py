@@ -768,8 +768,7 @@ def glue_claims(rows, data):
 
 def resolve(args):
     """Fill in what depends on the machine, and refuse what does not fit together; returns args."""
-    if len(set(args.seeds)) < len(args.seeds):
-        raise common.InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    common.check_seeds(args.seeds)
     if not args.kd_weight and set(args.mode) != {"onehot"}:
         raise common.InputError("--kd-weight 0 leaves nothing to distil: give it a weight above 0, or --mode onehot")
     args.device = common.resolve_device(args.device)
@@ -900,9 +899,7 @@ def report(folder, student, named, args, title):
     directions = [mode for mode in args.mode if mode in switch_distill.SWITCHES]
     if not directions:
         return tables
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in enumerate(args.seeds)}
     folders = {}
     for k, seed in enumerate(args.seeds):

@@ -412,14 +412,6 @@ def execute(command):
         common.write_json(command.draws / "paper.json", dict(command=command.words))
 
 
-def shard(text):
-    """argparse type of i/n, 0 <= i < n."""
-    i, n = map(int, text.split("/"))
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"{text}: give i/n with i from 0 to n-1")
-    return i, n
-
-
 def extra(text):
     """argparse type of more flags in one string."""
     words = shlex.split(text)
@@ -436,7 +428,7 @@ def main(argv=None):
     add("--recipe", choices=("paper", "short", "quick"), default="paper", help="recipe of the image runs; language has one of its own")
     add("--seeds", "--seed", type=common.number(int, 0), nargs="+", default=[0, 1, 2], help="every entry is trained once for each seed")
     add("--only", nargs="+", default=[], help="only entries whose names contain one of these, such as switching/ or /cifar100/resnet56-")
-    add("--shard", type=shard, help="i/n: train the i-th (from 0) of n parts that share no run folder, and draw nothing")
+    add("--shard", type=common.shard, help="i/n: train the i-th (from 0) of n parts that share no run folder, and draw nothing")
     add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
     add("--runs", default="runs", help="folder of the run folders")
     add("--results", default="results/paper", help="folder for figures, tables and claims")
@@ -444,8 +436,7 @@ def main(argv=None):
     add("--extra", type=extra, default=(), help='more flags for all image runs, of train_teacher.py: --extra="--epochs 1 --subset 200"')
     add("--glue-extra", type=extra, default=(), help="more flags for glue_distill.py, likewise")
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise common.InputError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    common.check_seeds(args.seeds)
     if not select(args, None):
         raise common.InputError(f"no entry's name contains {' or '.join(args.only)}: --dry-run prints them; they start with {'/, '.join(SECTIONS)}/")
     entries = select(args, args.shard)

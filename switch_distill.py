@@ -62,11 +62,11 @@ def latest_snapshot(run, step):
     return None
 
 
-def train_seeds(base, args, options, data, teacher_runs, steps):
+def train_seeds(base, args, options, data, teacher_runs, steps, given):
     """Train teachers, both trunks and every branch of all seeds, unless they are finished.
 
-    base: prefix of the run folders; teacher_runs: {seed: run folder}, trained here unless --teacher was given;
-    steps: {s: step of the switch}. Returns what `run_folders` does, as two dicts over seeds.
+    base: prefix of the run folders; teacher_runs: {seed: run folder}, trained here unless they are `given` as {run folder:
+    model}; steps: {s: step of the switch}. Returns what `run_folders` does, as two dicts over seeds.
     """
     per_epoch, total = common.total_steps(args, data)
     weights = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
@@ -93,11 +93,11 @@ def train_seeds(base, args, options, data, teacher_runs, steps):
     if not teacher_runs:   # an empty shard
         return folders, trunks
     # First what needs no teacher; a one-hot trunk knows none.
-    jobs = [] if args.teacher else [functools.partial(train_teacher, run, common.only_flags(args, common.add_flags), seed, data) for seed, run in teacher_runs.items()]
+    jobs = [] if given else [functools.partial(train_teacher, run, common.only_flags(args, common.add_flags), seed, data) for seed, run in teacher_runs.items()]
     jobs += [student(trunks[seed]["onehot"], "onehot", seed, snapshots=kept) for seed in teacher_runs]
     common.run_jobs(jobs, args.device, args.together)
 
-    models = {run: common.load_teacher(run, data) for run in sorted(set(teacher_runs.values()))}
+    models = given or {run: common.load_teacher(run, data) for run in sorted(set(teacher_runs.values()))}
     epochs = total / per_epoch * len(teacher_runs) / len(models)   # of the KD trunks of one teacher
     switched = sum(total - step for step in steps.values() if 0 < step < total) / total if "onehot2kd" in options.direction else 0
     source = common.teacher_source(args.teacher_cache, data, args, epochs * (1 + switched), epochs if args.view_seed is None else total / per_epoch, next(iter(trunks.values()))["kd"])
@@ -248,7 +248,6 @@ def plot_switches(plt, rows, folder, title):
     axis.set(xlabel="share of training before the switch", ylabel="test accuracy (%)", title=title)
     axis.legend()
     common.save_figure(figure, folder, "fig1b")
-    plt.close(figure)
 
 
 def plot_curves(plt, folders, trunks, seeds, folder, title):
@@ -277,7 +276,6 @@ def plot_curves(plt, folders, trunks, seeds, folder, title):
     axes[0][0].set_ylim(bottom=max(0, low - 5))
     figure.suptitle(title)
     common.save_figure(figure, folder, "fig1b_curves")
-    plt.close(figure)
 
 
 def plot_teachers(plt, rows, folder, title):
@@ -294,7 +292,6 @@ def plot_teachers(plt, rows, folder, title):
     axes[1].legend()
     figure.suptitle(title)
     common.save_figure(figure, folder, "fig1b_teachers")
-    plt.close(figure)
 
 
 def main(argv=None):
@@ -329,15 +326,13 @@ def main(argv=None):
     results.mkdir(parents=True, exist_ok=True)
 
     common.check_model(args, data)   # a wrong one fails before anything is discarded
-    given = sorted({args.teacher.replace("{seed}", str(seed)) for seed in seeds}) if args.teacher else []
-    for run in given:
-        common.load_teacher(run, data)
+    teachers = {seed: Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}") for seed in seeds}
+    given = {run: common.load_teacher(run, data) for run in sorted(set(teachers.values()))} if args.teacher else {}
     planned = [run for seed in seeds for part in run_folders(base, options, seed, steps, total) for run in part.values()]
-    planned += [] if args.teacher else [Path(f"{base}-teacher-s{seed}") for seed in seeds]
+    planned += [] if args.teacher else teachers.values()
     planned += [Path(f"{base}-{name}-e{epochs}-s{seed}") for seed in seeds for epochs in options.teacher_epochs for name in ("teacher", "kd")]
     common.discard_runs(args, planned, given)
-    teachers = {seed: Path(args.teacher.replace("{seed}", str(seed)) if args.teacher else f"{base}-teacher-s{seed}") for seed in seeds}
-    folders, trunks = train_seeds(base, args, options, data, teachers, steps)
+    folders, trunks = train_seeds(base, args, options, data, teachers, steps, given)
     if seeds != args.seeds:
         print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
         return
@@ -352,9 +347,7 @@ def main(argv=None):
     print(text)
     common.save_claims(results, switch_claims(rows), over)
 
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     title = f"{args.data}, {args.arch}; intervals {over}"
     plot_switches(plt, rows, results, title)
     plot_curves(plt, folders, trunks, seeds, results, title)
