@@ -1,0 +1,629 @@
+"""Under every run: one training loop for images and text, exact resume, teacher logits, CUDA graphs, processes.
+
+`train` is the loop; its optimiser, batches, step and evaluation are arguments. `train_images` puts it together for the
+networks of common.py. To change a loss, a model or a dataset you need not read this file.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import runs
+from runs import InputError
+
+SAVE_SECONDS = 60  # a killed run loses at most that much; one that is interrupted saves first
+EVALUATIONS = 20  # a run's test evaluations, unless --eval-every is given
+LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
+
+# ---------------------------------------------------------------- device and processes
+
+
+def resolve(args, distributed=False):
+    """Fill in what the flags left to the recipe and to the machine; returns args. distributed: see `use_device`."""
+    common.fill_recipe(args)
+    args.device = use_device(args.device, distributed)
+    if args.precision == "auto":
+        # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
+        half = args.device == "cuda" or bf16_in_hardware() and not common.dataset_of(args.data).fp32
+        args.precision = "bf16" if half else "fp32"
+    if args.fast is None:
+        args.fast = args.device == "cuda"  # measured on a CPU: compiling gains nothing over channels_last and bf16
+    return args
+
+
+def use_device(device, distributed=False):
+    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share.
+
+    Under torchrun it joins the processes, or refuses where the script is not `distributed`.
+    """
+    rank, world = runs.ranks()
+    if world > 1 and not distributed:
+        able = "train_teacher.py and train_student.py can"
+        raise InputError(f"torchrun shares one run among processes, which {able}: start this script without it")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; use --device cpu")
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: φ of a confident point needs all of its bits
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if world > 1 and not torch.distributed.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return device
+
+
+def bf16_in_hardware():
+    """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX). Emulated, bf16 is slower than fp32."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in checks if check)
+
+
+def shard_of(args):
+    """The seeds of this --shard."""
+    first, every = args.shard
+    if not args.seeds[first::every]:
+        print(f"shard {first}/{every}: no seed is left for it")
+    return args.seeds[first::every]
+
+
+def run_jobs(args):
+    """With --jobs N, train this shard's seeds, N at a time, each in a process of its own. Afterwards they are finished.
+
+    Such a process is this command with one seed (`--shard`) and cores/N threads. SIGINT and SIGTERM reach all of them:
+    each saves, and this one exits 130.
+    """
+    first, every = args.shard
+    seeds = args.seeds[first::every]
+    if args.jobs == 1 or len(seeds) < 2:
+        return
+    words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
+    threads = dict(os.environ, OMP_NUM_THREADS=str(max(1, common.cores() // args.jobs)))
+    quiet = ["--quiet"] if "quiet" in args else []
+    waiting, active, codes = [first + k * every for k in range(len(seeds))], [], []
+    sys.stdout.flush()
+    with runs.interruptible() as stop:
+        while active or waiting and not stop and not any(codes):
+            while waiting and len(active) < args.jobs and not stop and not any(codes):
+                more = ["--jobs", "1", "--shard", f"{waiting.pop(0)}/{len(args.seeds)}", *quiet]
+                active.append(subprocess.Popen([sys.executable, *words, *more], env=threads))
+            time.sleep(0.1)
+            for process in active:
+                if stop and process.poll() is None:
+                    process.terminate()  # SIGTERM: it saves and ends
+            codes += [process.returncode for process in active if process.poll() is not None]
+            active = [process for process in active if process.returncode is None]
+    if stop or 130 in codes:
+        runs.exit_interrupted()
+    if 2 in codes:  # that process has said why
+        raise SystemExit(2)
+    if any(codes):
+        what = f"the process of a seed ended with code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
+        raise InputError(f"{what}: the same command goes on from what is finished")
+
+
+# ---------------------------------------------------------------- measuring a model
+
+
+@torch.no_grad()
+def logits_of(model, data, images, batch=1000):
+    """float32 logits [N, classes] of un-augmented uint8 images, in eval mode and full precision."""
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(data.normalise(images[k : k + batch])).float() for k in range(0, len(images), batch)])
+    model.train(training)
+    return logits
+
+
+def save_logits(run, model, data):
+    """Write logits.npz: float32 logits of the un-augmented train and test images, labels, clean labels, indices.
+
+    It is written last, so its presence says that the run is finished.
+    """
+    train, test = (logits_of(model, data, images) for images in (data.x_train, data.x_test))
+    values = (train, data.y_train, data.y_clean, data.index, test, data.y_test)
+    arrays = {name: value.cpu().numpy() for name, value in zip(LOGITS, values, strict=True)}
+    runs.write_npz(run / "logits.npz", arrays)
+
+
+def load_teacher(run, data):
+    """The trained model of a finished run, in eval mode on data's device, checked against `data`.
+
+    InputError when its classes, data, subset or label noise differ from `data`, or when its test accuracy here is
+    not what the run recorded (other weights, or another normalisation).
+    """
+    config = runs.finished_config(run)
+    for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
+        there, here = config["data"].get(key), data.facts[key]
+        if there != here:
+            what = f"teacher {run} was trained on data with {key} {there}, the student's has {here}"
+            raise InputError(f"{what}: give both the same --data, --subset, --label-noise and --data-seed")
+    width = config["flags"].get("width", 1.0)
+    if not isinstance(width, (int, float)) or not 0 < width <= 64:
+        raise InputError(f"{run}/config.json has the width {width!r}: restore it, or train again with --overwrite")
+    model = common.build_model(str(config.get("arch")), data.classes, data.facts["image"], width).to(data.device)
+    path = Path(run) / "checkpoint.pt"
+    with runs.reading(path, f"it does not fit {config['arch']}: train that run again with --overwrite"):
+        model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
+    model = model.to(memory_format=torch.channels_last).eval()
+    recorded = runs.last_metrics(run)["test_acc"]
+    measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
+    # Float noise between devices flips a few points. Written so that a recorded NaN is refused too.
+    if not abs(measured - recorded) <= max(0.002, 2 / len(data.y_test)) + 1e-9:
+        what = f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%"
+        raise InputError(f"{what}: its checkpoint or the data has changed; train it again")
+    return model
+
+
+# ---------------------------------------------------------------- teacher logits
+
+
+class TeacherLogits:
+    """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or looked up in a table.
+
+    source "live": a forward in every step. "views": one table [N · n_views, C] of every view of every image, made when
+    it is first needed and kept in memory. "epochs": a table [N, C] of each epoch's views, kept in files below `folder`
+    for all runs and processes whose images have the same views. A teacher in eval mode treats each image alone, so all
+    three give the same logits, up to the rounding of convolutions over batches of other sizes.
+    """
+
+    def __init__(self, model, data, precision="fp32", source="live", folder="runs/teacher-logits"):
+        self.model, self.data, self.precision, self.source, self.folder = model, data, precision, source, Path(folder)
+        self.sha256 = weights_hash(model.state_dict())
+        self.table, self.wanted, self.held, self.forward_model = None, None, None, model
+
+    def follow(self, stream, epoch, views):
+        """Name the epoch whose views [N] the next batches have. stream: the key of its views, (role, seed)."""
+        self.wanted = (stream, epoch, views)
+
+    def ready(self):
+        """Have the table of the epoch that is followed. Its memory stays the same: a CUDA graph reads it."""
+        if self.source == "live" or self.held == self.wanted[:2] or self.source == "views" and self.held:
+            return
+        if self.held is None:
+            of = f"all {self.data.n_views} views" if self.source == "views" else "each epoch's views"
+            print(f"teacher logits: from a table of {of}")
+        table = self._all_views() if self.source == "views" else self._epoch(*self.wanted)
+        self.table = table if self.table is None else self.table.copy_(table)
+        self.held = self.wanted[:2]
+
+    def __call__(self, images, index, view):
+        """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
+        if self.source == "live":
+            return self._forward(images).float()
+        return self.table[index * self.data.n_views + view if self.source == "views" else index].float()
+
+    @torch.no_grad()
+    def _forward(self, images):
+        """Logits in the precision that the model gives them: float32, or bfloat16 under autocast."""
+        with autocast(images.device.type, self.precision):
+            return self.forward_model(images)
+
+    def _fill(self, index, views):
+        """Logits [len(index), C] of images `index` in `views`, in batches."""
+        parts = zip(index.split(500), views.split(500), strict=True)
+        return torch.cat([self._forward(self.data.batch(*part)) for part in parts])
+
+    def _all_views(self):
+        every = torch.arange(self.data.n_views, device=self.data.device)
+        images, table = torch.arange(len(self.data.y_train), device=self.data.device), None
+        for index in images.split(max(1, 5000 // len(every))):
+            part = self._fill(index.repeat_interleave(len(every)), every.repeat(len(index)))
+            if table is None:
+                table = part.new_empty(len(images) * len(every), part.shape[1])
+            table[index[0] * len(every) : (index[-1] + 1) * len(every)] = part
+        return table
+
+    def _epoch(self, stream, epoch, views):
+        key = (self.sha256, self.data.facts["sha256"], self.precision, self.data.n_views, stream)
+        file = self.folder / f"{common.stream_seed(*key):016x}" / f"epoch-{epoch + 1:04d}.npz"
+        with runs.one_at_a_time(file):
+            if file.exists():
+                try:
+                    return self._read(file)
+                except InputError as error:
+                    print(f"note: {error}; it is made again")
+            table = self._fill(torch.arange(len(views), device=self.data.device), views.to(self.data.device))
+            # numpy knows no bfloat16: its bits go as int16, under the name of the true type.
+            bits = table.cpu().view(torch.int16) if table.dtype == torch.bfloat16 else table.cpu()
+            runs.write_npz(file, {str(table.dtype).removeprefix("torch."): bits.numpy()})
+            return table
+
+    def _read(self, file):
+        with runs.reading(file):
+            ((name, bits),) = runs.read_npz(file).items()
+            table = torch.from_numpy(bits).view(getattr(torch, name))
+            if table.shape != (len(self.data.y_train), self.data.classes):
+                raise InputError(f"{file} has the shape {list(table.shape)}")
+            return table.to(self.data.device)
+
+
+def autocast(device_type, precision):
+    # No cast cache: in a captured graph it would hand a later step the weights of an earlier one.
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def weights_hash(state):
+    """sha256 of a model's state dict: of all its parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def teacher_source(args, data, students, streams, folder):
+    """Choose where teacher logits come from (see `TeacherLogits`).
+
+    students: epochs of distillation over all students of one teacher that this process trains; streams: those of them
+    that differ in their views. Counted in passes of the teacher over the training set, a table of all views costs
+    n_views. It may take half of the free memory, and tables of epochs half of the free disk.
+    """
+    world = runs.ranks()[1]
+    if args.teacher_cache == "on" and world > 1:
+        raise InputError("--teacher-cache on: each process of torchrun would fill a whole table; use auto or off")
+    per_view = len(data.y_train) * data.classes * (2 if args.precision == "bf16" else 4)
+    passes = {} if args.teacher_cache == "on" else {"live": students}
+    if args.teacher_cache != "off" and world == 1:
+        disk = next(parent for parent in Path(folder).absolute().parents if parent.exists())
+        if streams * per_view < shutil.disk_usage(disk).free / 2:
+            passes["epochs"] = streams
+        if data.n_views * per_view < common.free_memory(data.device) / 2:
+            passes["views"] = data.n_views
+    if not passes:
+        size = f"{data.n_views * per_view / 1e9:.1f} GB"
+        raise InputError(
+            f"--teacher-cache on: tables of {size} fit neither into memory nor on the disk: use auto or off"
+        )
+    return min(passes, key=passes.get)
+
+
+# ---------------------------------------------------------------- state
+
+
+def save_state(path, model, optimizer, **progress):
+    """Write all that `restore_state` needs to go on exactly: weights, optimiser, random states, and `progress`."""
+    state = dict(progress, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+    if next(model.parameters()).is_cuda:
+        state["cuda_rng"] = torch.cuda.get_rng_state()  # of this device alone: another machine may have fewer
+    runs.write_atomic(path, lambda file: torch.save(state, file))
+
+
+def restore_state(source, model, optimizer, per_epoch, total, device):
+    """Load what `save_state` wrote; returns (step, history, spent, sums). InputError when it does not fit the run."""
+    with runs.reading(source, "it does not fit this run: discard it with --overwrite"):
+        state = runs.load_checkpoint(source, device)
+        model.load_state_dict(state["model"])
+        groups = optimizer.state_dict()["param_groups"]  # these are of the flags
+        optimizer.load_state_dict(dict(state["optimizer"], param_groups=groups))
+        step, history = state["step"], state["history"]
+        epochs = [line["epoch"] for line in history]
+        fits = isinstance(step, int) and 0 <= step <= total and epochs == list(range(1, step // per_epoch + 1))
+        if not fits or not all(isinstance(value, (int, float)) for line in history for value in line.values()):
+            raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
+        for parameter, kept in optimizer.state.items():  # load_state_dict takes any shape
+            for name, value in kept.items():
+                shape = torch.Size([]) if name == "step" else parameter.shape
+                if value is not None and value.reshape(shape).shape != value.shape:
+                    raise ValueError("the optimiser's state has other shapes than the weights")
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        return step, history, float(state["spent"]), state["sums"].reshape(3).double()
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(run, args, model, optimizer, steps, batches, take_step, sums, lr_at, weights_at, evaluate, **more):
+    """The training loop: `model` in the run folder `run`, from its checkpoint if it has one, to its end.
+
+    steps: (in an epoch, in all); batches(epoch) -> list of that many batches; take_step(batch, ce_weight, kd_weight):
+    one optimiser step that adds the loss times n, the hits and n to `sums` [3]; lr_at(step); weights_at(step) ->
+    (ce_weight, kd_weight); evaluate() -> {name: number} for the epoch's line. more, see `_Run`: snapshots, steps
+    before which the state is kept as snapshot-<step>.pt; start_from, a checkpoint to begin with when the folder has
+    none; amount, (unit, how many an epoch). SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends in
+    the same weights, bit for bit.
+    """
+    state = _Run(run, args, model, optimizer, steps, sums, **more)
+    per_epoch, total = steps
+    bar = tqdm(total=total, initial=state.step, desc=run.name, unit="step", disable=state.silent or None)
+    # Processes of torchrun would stop in different steps: a signal ends them as they are, the last checkpoint counts.
+    with bar, runs.interruptible() if state.world == 1 else contextlib.nullcontext([]) as stop:
+        for epoch in range(state.step // per_epoch, total // per_epoch):
+            todo = batches(epoch)[state.step % per_epoch :]
+            model.train()
+            state.started = time.perf_counter()
+            for batch in todo:
+                lr = lr_at(state.step)
+                set_learning_rate(optimizer, lr)
+                if state.step in state.snapshots:  # with this step's rate, also where the run was continued just here
+                    state.save(run / f"snapshot-{state.step}.pt")
+                ce_weight, kd_weight = weights_at(state.step)
+                take_step(batch, ce_weight, kd_weight)
+                state.step += 1
+                bar.update()
+                if state.step % per_epoch and (stop or state.is_old()):
+                    state.save(state.checkpoint)
+                if stop:
+                    break
+            if state.step % per_epoch == 0:
+                line = state.line(lr=lr, ce_weight=ce_weight, kd_weight=kd_weight)
+                if state.step == total or evaluated(epoch + 1, args.epochs, args.eval_every):
+                    line |= evaluate()
+                state.end_epoch(line, bar)
+                if stop or state.is_old() or state.step == total:
+                    state.save(state.checkpoint)
+            if stop:
+                print(f"{run}: saved at step {state.step} of {total}")
+                runs.exit_interrupted()
+    state.finish()
+
+
+def evaluated(epoch, epochs, every):
+    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
+    if every:
+        return epoch % every == 0
+    return epoch in (1, epochs) or epoch * EVALUATIONS // epochs > (epoch - 1) * EVALUATIONS // epochs
+
+
+def set_learning_rate(optimizer, lr):
+    """In place where the rate lies in a device tensor, which a CUDA graph reads."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+
+
+class _Run:
+    """What a run has to remember and to write; the loop above tells it when."""
+
+    def __init__(self, run, args, model, optimizer, steps, sums, snapshots=(), start_from=None, amount=None):
+        self.run, self.args, self.model, self.optimizer, self.sums = run, args, model, optimizer, sums
+        self.per_epoch, self.total = steps
+        self.snapshots, self.amount = snapshots, amount
+        self.rank, self.world = runs.ranks()
+        self.silent = args.quiet or self.rank > 0
+        self.checkpoint = run / "checkpoint.pt"
+        self.step, self.history, self.spent, self.started = 0, [], 0.0, time.perf_counter()
+        source = self.checkpoint if self.checkpoint.exists() else start_from
+        if source is not None:
+            restored = restore_state(source, model, optimizer, self.per_epoch, self.total, sums.device)
+            self.step, self.history, self.spent, kept = restored
+            sums.copy_(kept) if not self.rank else sums.zero_()
+            if source == self.checkpoint and self.step < self.total and not self.silent:
+                print(f"{run}: continuing at step {self.step} of {self.total}")
+        self.saved = time.monotonic()
+
+    def over_ranks(self):
+        """`sums` of the global batches."""
+        everyone = self.sums.clone()
+        if self.world > 1:
+            torch.distributed.all_reduce(everyone)
+        return everyone
+
+    def check_finite(self, line=()):
+        # Weights and outputs too: the loss of a step is older than what the step did to them.
+        values = torch.stack([self.over_ranks()[0], *(p.detach().double().sum() for p in self.model.parameters())])
+        if not torch.isfinite(values).all() or not all(map(math.isfinite, dict(line).values())):
+            what = f"the loss or the weights became NaN or infinite by step {self.step} of {self.run}"
+            kept = "discard this run with --overwrite (its last good checkpoint is kept)"
+            raise InputError(f"{what}: lower --lr (now {self.args.lr:g}) or lengthen --warmup, and {kept}")
+
+    def is_old(self):
+        """Whether the checkpoint is older than SAVE_SECONDS; for torchrun, whose clocks differ, after every epoch."""
+        if self.world > 1:
+            return self.step % self.per_epoch == 0
+        return time.monotonic() - self.saved > SAVE_SECONDS
+
+    def save(self, path):
+        self.check_finite()
+        sums = self.over_ranks()
+        if not self.rank:
+            spent = self.spent + time.perf_counter() - self.started
+            progress = dict(step=self.step, history=self.history, sums=sums, spent=spent)
+            save_state(path, self.model, self.optimizer, **progress)
+        self.saved = time.monotonic()
+
+    def line(self, **known):
+        """The epoch's line of metrics.jsonl, but for what `evaluate` adds."""
+        loss, hits, seen = self.over_ranks().tolist()  # waits for the device, so that the time is its own
+        seconds = self.spent + time.perf_counter() - self.started
+        unit, amount = self.amount or ("images", seen)
+        line = dict(epoch=self.step // self.per_epoch, step=self.step, **known, train_loss=loss / seen)
+        return dict(
+            line, train_acc=hits / seen, seconds=round(seconds, 3), **{f"{unit}_per_s": round(amount / seconds, 1)}
+        )
+
+    def end_epoch(self, line, bar):
+        self.check_finite(line)
+        if "test_acc" in line:
+            before = [past["test_acc"] for past in self.history if "test_acc" in past]
+            line["best_test_acc"] = max([line["test_acc"], *before])
+        self.history.append(line)
+        self.sums.zero_()
+        self.spent, self.started = 0.0, time.perf_counter()
+        if not self.rank:
+            runs.write_metrics(self.run, self.history)
+        if not self.silent:
+            shown = {name: value for name, value in line.items() if name not in ("step", "ce_weight", "kd_weight")}
+            bar.write("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def finish(self):
+        if not self.rank:
+            runs.write_metrics(self.run, self.history)
+        last, seconds = self.history[-1], sum(line["seconds"] for line in self.history)
+        test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
+        print(f"{self.run}: {test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s")
+
+
+# ---------------------------------------------------------------- steps
+
+
+def optimiser_step(model, optimizer, loss_of, sums, clip=None):
+    """take_step(batch, ce_weight, kd_weight) for `train`. loss_of(the same) -> (scalar loss, hits, how many there are).
+
+    clip: largest norm of the gradient. Nothing here waits for the device.
+    """
+    loss_sum, hit_sum, count = sums.unbind()
+
+    def take_step(batch, ce_weight, kd_weight):
+        loss, hits, n = loss_of(batch, ce_weight, kd_weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        loss_sum.add_(loss.detach(), alpha=n)
+        hit_sum.add_(hits)
+        count.add_(n)
+
+    return take_step
+
+
+def captured_step(take_step, model, optimizer, batch_size, sums):
+    """`take_step` as CUDA graphs, with and without the teacher: a step is then one launch instead of a thousand.
+
+    Batches (index, view) and loss weights lie in device tensors that are filled before each replay, and the learning
+    rate of the optimizer must be a device tensor, so schedules, switches and epochs need no new capture.
+    """
+    static = [torch.zeros(batch_size, dtype=torch.long, device=sums.device) for _ in range(2)]
+    ce_weight, kd_weight = torch.zeros(2, device=sums.device).unbind()
+    graphs = {}
+    # A stream of its own for warm-up and capture: cuBLAS keeps a workspace for each stream, and on torch's one default
+    # capture stream a graph that is destroyed would free it under the others (pytorch#193402).
+    stream = torch.cuda.Stream()
+
+    def capture(distils):
+        weights = (ce_weight, kd_weight if distils else 0.0)
+        # Warm-up steps compile and allocate; what they changed is put back.
+        before = [value.clone() for value in (*model.state_dict().values(), sums)]
+        momentum = [buffer.clone() for buffer in momentum_buffers(optimizer)]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                take_step(static, *weights)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            take_step(static, *weights)
+        with torch.no_grad():
+            for value, old in zip((*model.state_dict().values(), sums), before, strict=True):
+                value.copy_(old)
+            for k, buffer in enumerate(momentum_buffers(optimizer)):
+                buffer.copy_(momentum[k]) if momentum else buffer.zero_()
+        return graph
+
+    def replay(batch, new_ce_weight, new_kd_weight):
+        distils = bool(new_kd_weight)
+        for buffer, new in zip(static, batch, strict=True):
+            buffer.copy_(new)
+        ce_weight.fill_(new_ce_weight)
+        kd_weight.fill_(new_kd_weight)
+        if distils not in graphs:
+            graphs[distils] = capture(distils)
+        graphs[distils].replay()
+
+    return replay
+
+
+def momentum_buffers(optimizer):
+    found = [state.get("momentum_buffer") for state in optimizer.state.values()]
+    return [buffer for buffer in found if buffer is not None]
+
+
+# ---------------------------------------------------------------- images
+
+
+def image_loss(network, data, loss_fn, teacher, precision):
+    """loss_of(batch, ce_weight, kd_weight) of `optimiser_step` for batches (index [B], view [B]) of `data`."""
+
+    def loss_of(batch, ce_weight, kd_weight):
+        index, view = batch
+        images, labels = data.batch(index, view), data.y_train[index]
+        distils = torch.is_tensor(kd_weight) or kd_weight > 0
+        teacher_logits = teacher(images, index, view) if distils else None
+        with autocast(images.device.type, precision):
+            loss, logits = loss_fn(network, images, labels, teacher_logits, ce_weight, kd_weight)
+        return loss, (logits.detach().argmax(1) == labels).sum(), len(index)
+
+    return loss_of
+
+
+def one_hot(step):
+    """The weights_at of one-hot training throughout."""
+    return 1.0, 0.0
+
+
+def sgd(model, args, graphs=False):
+    """Nesterov SGD with the flags of a run; graphs: with the learning rate in a device tensor, for `captured_step`."""
+    lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
+    more = dict(weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=args.device == "cuda")
+    return torch.optim.SGD(model.parameters(), lr, args.momentum, **more)
+
+
+def train_images(run, model, data, args, role, seed, loss_fn, weights_at=one_hot, teacher=None, **more):
+    """Train `model` in the run folder `run` and leave its logits.npz there.
+
+    loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight) -> (scalar loss, logits [B, C]), where
+    teacher_logits is None whenever kd_weight is 0, and the weights may be tensors; weights_at(step) -> (ce_weight,
+    kd_weight); teacher: `TeacherLogits`, or None for runs without distillation. more: snapshots, start_from of `train`.
+    """
+    steps = per_epoch, _ = common.total_steps(args, data)
+    batch, device, (rank, world) = min(args.batch_size, len(data.y_train)), torch.device(args.device), runs.ranks()
+    share = batch // world  # images of each step for this process; gradients are averaged over all
+    graphs = args.fast and device.type == "cuda" and world == 1 and not data.mapped
+    model = model.to(device).to(memory_format=torch.channels_last)
+    network = model
+    if world > 1:
+        devices = [torch.cuda.current_device()] if device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(model, devices)
+    if args.fast:
+        network = torch.compile(network)
+        if teacher:
+            teacher.forward_model = torch.compile(teacher.model)
+    optimizer = sgd(model, args, graphs)
+    torch.manual_seed(common.stream_seed("dropout", role, seed, *[rank] * (rank > 0)))  # drawn from by dropout alone
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def batches(epoch):
+        order, views = common.epoch_stream(data, role, seed, epoch)
+        if teacher:
+            teacher.follow((role, seed), epoch, views)
+        if not data.mapped:
+            order, views = order.to(device), views.to(device)
+        starts = range(rank * share, per_epoch * batch, batch)
+        return [(index, views[index].to(device)) for index in (order[start : start + share] for start in starts)]
+
+    take_step = optimiser_step(model, optimizer, image_loss(network, data, loss_fn, teacher, args.precision), sums)
+    if graphs:
+        take_step = captured_step(take_step, model, optimizer, batch, sums)
+
+    def step(batch, ce_weight, kd_weight):
+        if kd_weight:
+            teacher.ready()  # outside of the graph
+        take_step(batch, ce_weight, kd_weight)
+
+    def evaluate():
+        logits = logits_of(model, data, data.x_test)
+        accuracy = (logits.argmax(1) == data.y_test).double().mean().item()
+        return dict(test_loss=F.cross_entropy(logits, data.y_test).item(), test_acc=accuracy)
+
+    def lr_at(step):
+        return common.learning_rate(step, args, per_epoch)
+
+    train(run, args, model, optimizer, steps, batches, step, sums, lr_at, weights_at, evaluate, **more)
+    if not rank:
+        save_logits(run, model, data)
