@@ -1,48 +1,22 @@
-"""Gradient denoising (paper §5): does the teacher make a mini-batch gradient less noisy, where, and is it mere softness?
+"""Gradient denoising (paper §5): does the teacher make mini-batch gradients less noisy, where, and is it mere softness?
 
     python denoise_gradients.py                                          # noisy digits, ResNet-8, five seeds
     python denoise_gradients.py --teacher 'runs/teacher-s{seed}'         # a teacher that train_teacher.py made
-    python denoise_gradients.py --data cifar10 --subset 2000 --label-noise 0.3 --arch resnet20 --epochs 20 --points 256 --seeds 0 1 2
+    python denoise_gradients.py --data cifar10 --subset 2000 --label-noise 0.3 --arch resnet20 --epochs 20 --points 256
 
-The paper speaks of distillation as a denoiser of gradients without fixing an experiment; this script defines one. The
-idea: teacher probabilities average over labels where a one-hot label is one draw, so their gradients vary less (Menon et
-al. 2021, "A statistical perspective on distillation"; Safaryan et al. 2023, "Knowledge distillation performs partial
-variance reduction"). Three losses, all T²·CE(q, softmax(z/T)), each a student run of the same seed (same start, order, views):
-  onehot  q = the training label, T = 1
-  kd      q = softmax(teacher/T); its gradient is that of T²·KL(teacher_T ‖ student_T)
-  smooth  the control: q = the label smoothed until its entropy is the teacher's mean entropy at T, same T: softness alone
-At 0, 5, 25, 50 and 100% of the steps, per-example gradients g_i of all three at the SAME parameters and points
-(torch.func, batch norm in eval mode, un-augmented training images, fp32, exact unless --max-parameters or --points says less):
-  noise scale   tr(Σ)/‖G‖², G and Σ mean and covariance of g_i, with the unbiased estimators of McCandlish et al. 2018
-                ("An empirical model of large-batch training", appendix A.1). Free of scale, so T² or a learning rate cannot
-                fake it. N points do not resolve a value above 10·N: it counts as 10·N.
-  alignment     cosine of mini-batch gradients with the full one-hot gradient on the training images with CLEAN labels, and on
-                held-out (test) images. Batches are drawn with replacement, as independent as the noise scale supposes.
-  decrease      of the clean held-out loss by a step along a mini-batch gradient scaled to unit length, as a share of what
-                steepest descent on that loss gains: in the limit of short steps (`first_order`), and truly taken (`decrease`)
-                with the length that is best for steepest descent, the same for every loss. (A step of lr · ‖g‖ would not do:
-                with batch norm in eval mode it overshoots whatever its direction.) Mean and standard deviation over batches.
-One comparison alone misleads: far from its own minimum a loss has a large mean gradient, hence a low noise scale whatever
-its targets. So each claim is held against three: (i) shared parameters, mean over the onehot and the kd run; (ii) every
-loss along its own run at the same share of steps; (iii) the decrease at the shared parameters, for short and for real steps.
-It "holds" or "fails" when all do; else it is "mixed".
-
-Writes denoise.png/.pdf, denoise.json (everything, with 95% t intervals over seeds), claims.json and claims.md into --out.
-Runs are trained when missing and used again when finished; a onehot or kd run is what train_student.py makes with the
-same flags and --snapshot-at 0.05 0.25 0.5, so the runs of switch_distill.py serve as well.
-
-Expected on digits, five seeds: "KD gradients are less noisy" is mixed: log ratio of noise scales 2.0 [1.8, 2.1] at shared
-parameters and 1.6 [0.9, 2.4] along own runs, short steps gain 0.11 [0.03, 0.19], but real steps 0.09 [-0.06, 0.23]. "Mostly on
-hard points" is unclear: very nearly half of the reduction. "Not softness alone" is mixed: smoothing reaches KD's noise scale at
-shared parameters (log ratio 0.02 [-0.28, 0.33]) but not its decrease. On points with flipped labels a one-hot batch has a cosine
-of -0.01 with the held-out gradient, a smoothed one 0.03, a KD batch 0.39. Time: 30 to 40 s of one busy core a seed for the
-measuring, half of it with --points 512, beside 25 s to train its runs.
+The paper speaks of distillation as a denoiser of gradients without fixing an experiment; this script defines one. Each
+seed has three students with the same start, order and views, one for each of LOSSES. At 0, 5, 25, 50 and 100% of the
+steps the per-example gradients of all three losses are taken at the same parameters (see `measure`), and compared there
+and along each loss's own run (see `compare`). Runs are trained when missing and used again when finished; the onehot
+and kd runs are what train_student.py makes with --snapshot-at 0.05 0.25 0.5, so those of switch_distill.py serve too.
+Figure, statistics and claims go into --out; what was measured of a seed is kept there in seeds/ and not measured twice.
 """
+
 import argparse
-import functools
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,17 +25,29 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 
+import claims
 import common
+import engine
+import runs
 from analyze_deviation import check_logits, phi_of_class
-from train_student import train_student
+from runs import InputError, number
+from train_student import add_student_flags, train_student
 from train_teacher import train_teacher
 
-BATCH_SIZES = (16, 64, 256, 1024)
+# T²·CE(q, softmax(z/T)), where q is the training label and T = 1; softmax(teacher/T); or, as the control for softness
+# alone, the label smoothed until its entropy is the teacher's mean entropy at T.
 LOSSES = ("onehot", "kd", "smooth")
+STYLES = dict(
+    onehot=dict(color="tab:red", label="one-hot"),
+    kd=dict(color="tab:blue", label="KD"),
+    smooth=dict(color="tab:grey", label="smoothed labels"),
+)
+BATCH_SIZES = (16, 64, 256, 1024)
 QUARTERS = ("hardest quarter", "second quarter", "third quarter", "easiest quarter")
-UNRESOLVED = 10   # times the number of points: the largest noise scale that is told apart from infinity
+UNRESOLVED = 10  # times the number of points: the largest noise scale that is told apart from infinity
+FIXED = ("kd_weight", "ce_weight", "snapshot_at")  # flags of train_student.py that follow from the kind of run
 
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------------------------------- losses and gradients
 
 
 def soft_loss(logits, target, temperature):
@@ -69,237 +55,20 @@ def soft_loss(logits, target, temperature):
 
     logits, target [..., C]; returns [...]. The constant is T² times the target's entropy, which no gradient sees.
     """
-    return -temperature ** 2 * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
+    return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
 
 
 def smoothing_of_entropy(entropy, classes):
     """Label smoothing α in 0..1 whose targets (1−α)·one-hot + α/classes have this entropy (nats)."""
+
     def excess(alpha):
         p = np.full(classes, alpha / classes)
         p[0] += 1 - alpha
         return stats.entropy(p) - entropy
-    return 1.0 if excess(1.0) <= 0 else 0.0 if entropy <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
 
-
-def measured_parameters(model, limit=0):
-    """Names of the parameters to differentiate: all, or with a limit the last tensors that hold at most that many."""
-    chosen, count = [], 0
-    for name, value in reversed(list(model.named_parameters())):
-        count += value.numel()
-        if limit and count > limit and chosen:
-            break
-        chosen.insert(0, name)
-    return chosen
-
-
-def _split(model, names):
-    """(parameters to differentiate, everything else) of a model, as dicts of detached tensors."""
-    state = {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    return {name: state.pop(name) for name in names}, state
-
-
-def per_example_gradients(model, names, images, targets, temperature):
-    """Gradient of `soft_loss` of every example: one [B, p] per parameter of `names`, in that order.
-
-    images [B, ...] float, targets [B, C]; the model must be in eval mode, or batch norm would mix the examples.
-    """
-    free, fixed = _split(model, names)
-
-    def loss(free, image, target):
-        return soft_loss(functional_call(model, {**fixed, **free}, (image[None],))[0], target, temperature)
-
-    gradients = vmap(grad(loss), (None, 0, 0))(free, images, targets)
-    return [gradients[name].flatten(1) for name in names]
-
-
-def mean_gradient(model, names, images, targets, temperature, chunk=1000):
-    """Gradient [P] of the mean `soft_loss` over all examples, by ordinary backpropagation."""
-    free, fixed = _split(model, names)
-    free = {name: value.clone().requires_grad_() for name, value in free.items()}
-    total = 0
-    for k in range(0, len(images), chunk):
-        loss = soft_loss(functional_call(model, {**fixed, **free}, (images[k:k + chunk],)), targets[k:k + chunk], temperature).sum()
-        total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(free.values()))])
-    return total / len(images)
-
-
-@torch.no_grad()
-def moved_loss(model, names, move, images, labels, chunk=1000):
-    """Mean cross-entropy on images, labels with the parameters `names` moved by the vector `move` [P]."""
-    free, fixed = _split(model, names)
-    parts = move.split([value.numel() for value in free.values()])
-    free = {name: value + part.view_as(value) for (name, value), part in zip(free.items(), parts)}
-    logits = torch.cat([functional_call(model, {**fixed, **free}, (images[k:k + chunk],)) for k in range(0, len(images), chunk)])
-    return F.cross_entropy(logits, labels).item()
-
-
-def stream(model, names, images, targets, temperature, weights, chunk=64):
-    """What the statistics need of all per-example gradients, a chunk at a time, so that [N, P] is never held.
-
-    weights [R, N]: each row makes one mini-batch gradient. Returns the mean [P], squares [N] = ‖g_i‖², inner [N] = g_i · mean,
-    and batches [R, P] = weights @ g.
-    """
-    mean = mean_gradient(model, names, images, targets, temperature)
-    chunk = max(1, min(chunk, 2 ** 27 // len(mean)))   # at most half a GiB
-    squares, inner = torch.zeros(2, len(images), device=mean.device)
-    batches = torch.zeros(len(weights), len(mean), device=mean.device)
-    for k in range(0, len(images), chunk):
-        some, start = slice(k, k + chunk), 0
-        for g in per_example_gradients(model, names, images[some], targets[some], temperature):
-            part = slice(start, start := start + g.shape[1])
-            squares[some] += torch.linalg.vector_norm(g, dim=1) ** 2
-            inner[some] += g @ mean[part]
-            batches[:, part].addmm_(weights[:, some], g)
-    return mean, squares, inner, batches
-
-
-def noise_scale(mean_square, square_of_mean, n):
-    """(tr Σ, ‖G‖², noise scale) from mean ‖g_i‖² and ‖mean g_i‖² of n examples (McCandlish et al. 2018, A.1, with B = 1 and n).
-
-    Both estimates are unbiased, so that of ‖G‖² can be negative; the scale is then unresolved and counts as UNRESOLVED·n.
-    """
-    trace = (mean_square - square_of_mean) * n / (n - 1)
-    signal = square_of_mean - trace / n
-    return trace, signal, trace / max(signal, trace / (UNRESOLVED * n)) if trace > 0 else 0.0
-
-
-# ---------------------------------------------------------------- measuring one set of parameters
-
-
-def batch_weights(groups, step_size, count, generator):
-    """{key: weights [batches, N]}, one row per mini-batch drawn with replacement.
-
-    Keys: `count` batches of each of BATCH_SIZES and of step_size (the training batch), and half as many batches of
-    step_size of each group. groups: {name: bool array [N]}.
-    """
-    n = len(next(iter(groups.values())))
-    draws = [(size, np.arange(n), size, count) for size in sorted({*BATCH_SIZES, step_size})]
-    draws += [(name, np.flatnonzero(member), step_size, max(2, count // 2)) for name, member in groups.items()]
-    rows = {}
-    for key, members, size, batches in draws:
-        chosen = torch.as_tensor(members)[torch.randint(len(members), (batches, size), generator=generator)]
-        rows[key] = torch.zeros(batches, n).scatter_add_(1, chosen, torch.ones(batches, size)) / size
-    return rows
-
-
-def measure(model, names, images, held_out, clean, losses, groups, rows, step_size, moves=True):
-    """Statistics of each loss at the model's parameters: {loss: {statistic: float}, with "deviation" an array [N]}.
-
-    images [N, ...] of the points; held_out, clean: (images, targets) of the held-out images, and of all training images with
-    clean labels; losses {name: (targets [N, C], temperature)}; rows from `batch_weights`, for batches of step_size among others.
-    moves=False leaves out "decrease", which takes a forward pass over the held-out images for each batch.
-    """
-    references = [mean_gradient(model, names, *clean, 1.0), mean_gradient(model, names, *held_out, 1.0)]
-    clean_norm, held_norm = (float(reference.norm()) for reference in references)
-    weights = torch.cat(list(rows.values())).to(images.device)
-    n, labels, out = len(images), held_out[1].argmax(1), {}
-    start = moved_loss(model, names, torch.zeros_like(references[0]), held_out[0], labels)
-    downhill = -references[1] / max(held_norm, 1e-30)
-    length, best = best_step(lambda size: start - moved_loss(model, names, size * downhill, held_out[0], labels), held_norm, start)
-    for name, (targets, temperature) in losses.items():
-        mean, squares, inner, batches = stream(model, names, images, targets, temperature, weights)
-        square_of_mean = float(mean @ mean)
-        trace, signal, scale = noise_scale(float(squares.mean()), square_of_mean, n)
-        # Each point's part of the noise scale: their mean is the noise scale, so quarters and groups add up to it.
-        deviation = (squares - 2 * inner + square_of_mean).clamp(min=0).cpu().numpy()
-        deviation = deviation * (scale / max(deviation.mean(), 1e-30))
-        norms = batches.norm(dim=1).clamp(min=1e-30)
-        along = batches @ torch.stack(references, 1) / norms[:, None]
-        per_row = dict(cos_clean=along[:, 0] / max(clean_norm, 1e-30), cos_held_out=along[:, 1] / max(held_norm, 1e-30))
-        take = lambda values, key: dict(zip(rows, values.split([len(part) for part in rows.values()])))[key]
-
-        result = dict(trace=trace, signal=signal, noise_scale=scale, mean_norm=math.sqrt(square_of_mean), held_out_norm=held_norm,
-                      held_out_loss=start, deviation=deviation)
-        for statistic, values in per_row.items():
-            for size in BATCH_SIZES:
-                result[f"{statistic} {size}"] = float(take(values, size).mean())
-                result[f"{statistic} {size} sd"] = float(take(values, size).std())
-            for group in groups:
-                result[f"{statistic} {group}"] = float(take(values, group).mean())
-        for group, member in groups.items():
-            result[f"noise {group}"] = float(deviation[member].mean())
-        first = take(per_row["cos_held_out"], step_size)   # the limit of `decrease` for short steps is this cosine
-        result.update({"first_order": float(first.mean()), "first_order sd": float(first.std())})
-        if moves:
-            directions = take(batches, step_size) / take(norms, step_size)[:, None]
-            falls = [start - moved_loss(model, names, -length * direction, held_out[0], labels) for direction in directions]
-            falls = np.array(falls) / best
-            result.update({"decrease": float(falls.mean()), "decrease sd": float(falls.std(ddof=1)), "step_length": length, "best_decrease": best})
-        out[name] = result
-    return out
-
-
-def best_step(fall, slope, loss, halvings=10):
-    """(length, fall) of the step that gains most: fall(length) on a grid of halvings.
-
-    The grid starts where a straight line of this slope would bring the loss to zero. It always finds a gain, be it tiny,
-    unless the slope is zero; then the fall is counted as 1e-30, for it divides.
-    """
-    lengths = [loss / max(slope, 1e-30) / 2 ** k for k in range(halvings)]
-    falls = [fall(length) for length in lengths]
-    best = int(np.argmax(falls))
-    return lengths[best], max(falls[best], 1e-30)
-
-
-# ---------------------------------------------------------------- runs
-
-
-def teacher_run(args, seed, data, epochs):
-    """Run folder of a teacher trained for `epochs`, as train_teacher.py --epochs does; trained now when it is missing."""
-    scale = epochs / args.epochs
-    flags = common.only_flags(args, common.add_flags)
-    flags.epochs, flags.warmup, flags.milestones = epochs, args.warmup * scale, [milestone * scale for milestone in args.milestones]
-    run = teacher_folder(args, seed, epochs)
-    common.run_jobs([functools.partial(train_teacher, run, flags, seed, data)], args.device)
-    return run
-
-
-def teacher_folder(args, seed, epochs):
-    """Run folder of a teacher that this script trains."""
-    return Path(args.runs) / f"{common.default_name(args)}-{'teacher' if epochs == args.epochs else f'teacher-{epochs}-epochs'}-s{seed}"
-
-
-def student_folder(what, args, seed):
-    """Run folder of the student run `what` (one of LOSSES)."""
-    given = getattr(args, what)
-    return Path(given.replace("{seed}", str(seed)) if given else Path(args.runs) / f"{common.default_name(args)}-denoise-{what}-s{seed}")
-
-
-def student_run(what, args, seed, data, teacher, smoothing):
-    """(run folder, {percent: state dict, None at the start}) of the student run `what` (one of LOSSES), trained now when missing."""
-    kd = float(what == "kd")
-    flags = argparse.Namespace(**vars(common.only_flags(args, common.add_flags)), teacher=args.teacher, kd_weight=kd, ce_weight=1 - kd,
-                               temperature=args.temperature, snapshot_at=[])
-    run = student_folder(what, args, seed)
-    total = common.total_steps(args, data)[1]
-    steps = {percent: min(round(total * percent / 100), total - 1) for percent in args.percents}
-    if what == "smooth":
-        model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-
-        def loss_fn(logits, labels, teacher_logits, ce_weight, kd_weight):
-            return soft_loss(logits, smoothed(labels, data.classes, smoothing), args.temperature).mean()
-
-        with common.locked(run):
-            if common.start_run(run, flags, "student", seed, data, model, teacher_sha256=common.weights_hash(teacher),
-                                targets="labels smoothed to the teacher's entropy"):   # the teacher and T say how much
-                common.train(run, model, data, flags, "student", seed, loss_fn, lambda step: (1.0, 0.0), snapshots=set(steps.values()))
-    else:
-        source = common.TeacherLogits(teacher, data, args.precision) if kd else None
-        common.run_jobs([functools.partial(train_student, run, flags, seed, data, source, snapshots=set(steps.values()))], args.device)
-    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()}
-    missing = [file.name for file in files.values() if not file.exists()]
-    if missing:
-        raise common.InputError(f"{run} is finished but lacks {', '.join(missing)}: give another folder by --{what}, or train it again "
-                                f"with --overwrite (train_student.py: and --snapshot-at {' '.join(f'{p / 100:g}' for p in args.percents)})")
-    files[100] = run / "checkpoint.pt"
-    probe, states = common.build_model(args.arch, data.classes, data.facts["image"], args.width), {0: None}
-    for percent, file in files.items():
-        states[percent] = common.load_checkpoint(file, data.device).get("model")
-        try:
-            probe.load_state_dict(states[percent])
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise common.InputError(f"{file} does not fit {args.arch} ({common.first_line(error)}): train that run again with --overwrite") from None
-    return run, states
+    if entropy <= 0:
+        return 0.0
+    return 1.0 if excess(1.0) <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
 
 
 def smoothed(labels, classes, smoothing):
@@ -307,87 +76,343 @@ def smoothed(labels, classes, smoothing):
     return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
 
 
+def per_example_gradients(model, images, targets, temperature):
+    """Gradient of `soft_loss` of every example: one [B, p] per parameter of the model, in its order.
+
+    images [B, ...] float, targets [B, C]; the model must be in eval mode, or batch norm would mix the examples.
+    """
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters, image, target):
+        return soft_loss(functional_call(model, parameters, (image[None],))[0], target, temperature)
+
+    gradients = vmap(grad(loss), (None, 0, 0))(parameters, images, targets)
+    return [gradients[name].flatten(1) for name in parameters]
+
+
+def mean_gradient(model, images, targets, temperature, chunk=1000):
+    """Gradient [P] of the mean `soft_loss` over all examples, by ordinary backpropagation."""
+    total = 0
+    for k in range(0, len(images), chunk):
+        loss = soft_loss(model(images[k : k + chunk]), targets[k : k + chunk], temperature).sum()
+        total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return total / len(images)
+
+
+@torch.no_grad()
+def moved_loss(model, move, images, labels, chunk=1000):
+    """Mean cross-entropy on images, labels with the parameters moved by the vector `move` [P]."""
+    parts = move.split([value.numel() for value in model.parameters()])
+    pairs = zip(model.named_parameters(), parts, strict=True)
+    moved = {name: value + part.view_as(value) for (name, value), part in pairs}
+    logits = torch.cat([functional_call(model, moved, (some,)) for some in images.split(chunk)])
+    return F.cross_entropy(logits, labels).item()
+
+
+def stream(model, images, targets, temperature, weights, chunk=64):
+    """What the statistics need of all per-example gradients, a chunk at a time, so that [N, P] is never held.
+
+    weights [R, N]: each row makes one mini-batch gradient. Returns the mean [P], squares [N] = ‖g_i‖², inner [N] =
+    g_i · mean, and batches [R, P] = weights @ g.
+    """
+    mean = mean_gradient(model, images, targets, temperature)
+    chunk = max(1, min(chunk, 2**27 // len(mean)))  # at most half a GiB
+    squares, inner = torch.zeros(2, len(images), device=mean.device)
+    batches = torch.zeros(len(weights), len(mean), device=mean.device)
+    for k in range(0, len(images), chunk):
+        some, start = slice(k, k + chunk), 0
+        for g in per_example_gradients(model, images[some], targets[some], temperature):
+            part = slice(start, start + g.shape[1])
+            squares[some] += torch.linalg.vector_norm(g, dim=1) ** 2
+            inner[some] += g @ mean[part]
+            batches[:, part].addmm_(weights[:, some], g)
+            start = part.stop
+    return mean, squares, inner, batches
+
+
+# ---------------------------------------------------------------- measuring one set of parameters
+
+
+class Points(NamedTuple):
+    """The images of which gradients are taken, un-augmented, and how they are drawn into batches."""
+
+    images: torch.Tensor  # [N, C, H, W]
+    clean: tuple  # (images, targets) of all training images, with clean labels
+    held_out: tuple  # the same of the held-out images
+    groups: dict  # {name: bool array [N]}
+    weights: torch.Tensor  # [R, N], see `batch_weights`
+    rows: dict  # {key: slice of R}
+    step_size: int  # the batch size of training
+
+
+def batch_weights(groups, step_size, count, generator):
+    """weights [R, N], a row for each mini-batch, drawn with replacement as the noise scale supposes; {key: slice of R}.
+
+    Keys: `count` batches of each of BATCH_SIZES and of step_size, and half as many batches of step_size of each group.
+    """
+    n = len(next(iter(groups.values())))
+    draws = [(size, np.arange(n), size, count) for size in sorted({*BATCH_SIZES, step_size})]
+    draws += [(name, np.flatnonzero(member), step_size, max(2, count // 2)) for name, member in groups.items()]
+    parts, rows, start = [], {}, 0
+    for key, members, size, batches in draws:
+        chosen = torch.as_tensor(members)[torch.randint(len(members), (batches, size), generator=generator)]
+        parts.append(torch.zeros(batches, n).scatter_add_(1, chosen, torch.ones(batches, size)) / size)
+        rows[key] = slice(start, start + batches)
+        start += batches
+    return torch.cat(parts), rows
+
+
+def noise_scale(mean_square, square_of_mean, n):
+    """(tr Σ, ‖G‖², noise scale tr Σ/‖G‖²) from mean ‖g_i‖² and ‖mean g_i‖² of n examples.
+
+    G and Σ are mean and covariance of g_i, estimated without bias (McCandlish et al. 2018, "An empirical model of
+    large-batch training", A.1, with B = 1 and n). The scale is free of units, so T² or a learning rate cannot fake it.
+    The estimate of ‖G‖² can be negative; the scale is then unresolved and counts as UNRESOLVED·n.
+    """
+    trace = (mean_square - square_of_mean) * n / (n - 1)
+    signal = square_of_mean - trace / n
+    return trace, signal, trace / max(signal, trace / (UNRESOLVED * n)) if trace > 0 else 0.0
+
+
+def best_step(fall, slope, loss, halvings=10):
+    """(length, fall) of the step that gains most: fall(length) on a grid of halvings.
+
+    The grid starts where a straight line of this slope would bring the loss to zero. It always finds a gain, be it
+    tiny, unless the slope is zero; then the fall is counted as 1e-30, for it divides.
+    """
+    lengths = [loss / max(slope, 1e-30) / 2**k for k in range(halvings)]
+    falls = [fall(length) for length in lengths]
+    best = int(np.argmax(falls))
+    return lengths[best], max(falls[best], 1e-30)
+
+
+def measure(model, points, losses, real_steps=True):
+    """Statistics of each loss at the model's parameters: {loss: {statistic: float}}, with "deviation" an array [N].
+
+    losses: {name: (targets [N, C], temperature)}. The model is in eval mode.
+    noise_scale: see there; "deviation" and "noise <group>" are the parts of points and groups, whose mean it is
+    cos_clean, cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on the training images with
+        clean labels, and on held-out images; mean over the batches of each size and group
+    first_order, decrease: of the held-out loss by a step along a mini-batch gradient scaled to unit length, as a share
+        of what steepest descent gains: in the limit of short steps, and, with real_steps, truly taken for each of
+        LOSSES, with the length that is best for steepest descent. A step as long as in training would not do: in eval
+        mode it overshoots whatever its direction.
+    """
+    references = [mean_gradient(model, *points.clean, 1.0), mean_gradient(model, *points.held_out, 1.0)]
+    found, falls_along = {}, held_out_falls(model, points, references[1]) if real_steps else None
+    for name, (targets, temperature) in losses.items():
+        mean, squares, inner, batches = stream(model, points.images, targets, temperature, points.weights)
+        square_of_mean = float(mean @ mean)
+        trace, signal, scale = noise_scale(float(squares.mean()), square_of_mean, len(squares))
+        deviation = (squares - 2 * inner + square_of_mean).clamp(min=0).cpu().numpy()
+        deviation = deviation * (scale / max(deviation.mean(), 1e-30))
+        one = dict(trace=trace, signal=signal, noise_scale=scale, deviation=deviation)
+        for group, member in points.groups.items():
+            one[f"noise {group}"] = float(deviation[member].mean())
+
+        norms = batches.norm(dim=1).clamp(min=1e-30)
+        along = batches @ torch.stack(references, 1) / norms[:, None]
+        for k, statistic in enumerate(("cos_clean", "cos_held_out")):
+            cosines = along[:, k] / max(float(references[k].norm()), 1e-30)
+            for key in (*BATCH_SIZES, *points.groups):
+                one[f"{statistic} {key}"] = float(cosines[points.rows[key]].mean())
+        step = points.rows[points.step_size]
+        one["first_order"] = float(cosines[step].mean())  # that with the held-out gradient
+        if real_steps and name in LOSSES:
+            one |= falls_along(batches[step] / norms[step][:, None])
+        found[name] = one
+    return found
+
+
+def held_out_falls(model, points, uphill):
+    """A function of unit directions [B, P] that gives the statistics of real steps against them, see `measure`.
+
+    uphill [P]: gradient of the held-out loss.
+    """
+    images, labels = points.held_out[0], points.held_out[1].argmax(1)
+    start = moved_loss(model, torch.zeros_like(uphill), images, labels)
+
+    def fall(move):
+        return start - moved_loss(model, move, images, labels)
+
+    slope = float(uphill.norm())
+    downhill = -uphill / max(slope, 1e-30)
+    length, best = best_step(lambda size: fall(size * downhill), slope, start)
+
+    def along(directions):
+        shares = np.array([fall(-length * direction) for direction in directions]) / best
+        found = dict(held_out_loss=start, step_length=length, best_decrease=best, decrease=float(shares.mean()))
+        return found | {"decrease sd": float(shares.std(ddof=1))}
+
+    return along
+
+
+# ---------------------------------------------------------------- runs
+
+
+def teacher_folder(args, seed):
+    """Run folder of the teacher: --teacher, or one that this script trains."""
+    given = args.teacher or f"{args.runs}/{runs.default_name(args)}-teacher-s{{seed}}"
+    return Path(given.replace("{seed}", str(seed)))
+
+
+def student_folder(what, args, seed):
+    """Run folder of the student run `what` (one of LOSSES)."""
+    given = getattr(args, what) or f"{args.runs}/{runs.default_name(args)}-denoise-{what}-s{{seed}}"
+    return Path(given.replace("{seed}", str(seed)))
+
+
+def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
+    """Train the control for softness in the run folder `run`, unless it is finished already."""
+
+    def loss_fn(student, images, labels, teacher_logits, ce_weight, kd_weight):
+        logits = student(images).float()
+        return soft_loss(logits, smoothed(labels, data.classes, smoothing), args.temperature).mean(), logits
+
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    # Teacher and temperature say how much the labels are smoothed.
+    facts = dict(targets="labels smoothed to the teacher's entropy")
+    facts["teacher_sha256"] = engine.weights_hash(teacher.state_dict())
+    with runs.locked(run):
+        if runs.start_run(run, args, "student", seed, data, model, **facts):
+            engine.train_images(run, model, data, args, "student", seed, loss_fn, snapshots=snapshots)
+
+
+def student_states(what, args, seed, data, teacher, smoothing):
+    """{percent: state dict} of the student run `what`, from 0 to 100; trained now when it is missing."""
+    run, kd, total = student_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
+    steps = {percent: min(round(total * percent / 100), total - 1) for percent in args.percents}
+    flags = common.only_flags(args, common.add_flags, add_student_flags, kd_weight=kd, ce_weight=1 - kd)
+    if what == "smooth":
+        train_smooth(run, flags, seed, data, teacher, smoothing, set(steps.values()))
+    else:
+        tables = run.parent / "teacher-logits"
+        source = engine.teacher_source(args, data, args.epochs, args.epochs, tables) if kd else None
+        teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
+        train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
+    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()}
+    missing = [file.name for file in files.values() if not file.exists()]
+    if missing:
+        shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
+        fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
+        raise InputError(f"{run} is finished but lacks {', '.join(missing)}: {fix}")
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
+    for percent, file in {**files, 100: run / "checkpoint.pt"}.items():
+        with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
+            states[percent] = runs.load_checkpoint(file, data.device)["model"]
+            model.load_state_dict(states[percent])
+    return states
+
+
+# ---------------------------------------------------------------- one seed
+
+
+def kept_file(args, seed):
+    """Where what was measured of a seed is kept."""
+    return Path(args.out) / "seeds" / f"denoise-s{seed}.json"
+
+
+def matched_smoothing(teacher_logits, temperature):
+    """The label smoothing whose targets are as soft as the teacher's at this temperature on average over all points."""
+    probabilities = F.softmax(teacher_logits / temperature, 1).double()
+    entropy = torch.special.entr(probabilities).sum(1).mean().item()
+    return smoothing_of_entropy(entropy, teacher_logits.shape[1])
+
+
 def measure_seed(args, seed, data):
-    """One seed: its runs, and `measure` at all their checkpoints. Returns a dict; see the keys at its end."""
-    runs = {"teacher": args.teacher.replace("{seed}", str(seed)) if args.teacher else teacher_run(args, seed, data, args.epochs)}
-    for epochs in args.teacher_epochs:
-        runs[f"teacher of {epochs} epochs"] = teacher_run(args, seed, data, epochs)
-    teachers = {name: common.load_teacher(run, data) for name, run in runs.items()}
-    all_logits = {name: common.logits_of(teacher, data, data.x_train) for name, teacher in teachers.items()}
-
-    def softened(name, temperature):
-        return F.softmax(all_logits[name] / temperature, 1)
-
-    def matched_smoothing(temperature):
-        entropy = torch.special.entr(softened("teacher", temperature).double()).sum(1).mean().item()
-        return smoothing_of_entropy(entropy, data.classes)
-
-    T, smoothing = args.temperature, {t: matched_smoothing(t) for t in {args.temperature, *args.temperatures}}
-    states = {}
+    """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`."""
+    folders = {"teacher": teacher_folder(args, seed)} | {what: student_folder(what, args, seed) for what in LOSSES}
+    if not args.teacher:
+        train_teacher(folders["teacher"], args, seed, data)
+    teacher = engine.load_teacher(folders["teacher"], data)
+    logits = engine.logits_of(teacher, data, data.x_train)
+    smoothing = matched_smoothing(logits, args.temperature)
+    states, weights = {}, [engine.weights_hash(teacher.state_dict())]
     for what in LOSSES:
-        runs[what], states[what] = student_run(what, args, seed, data, teachers["teacher"], smoothing[T])
+        states[what] = student_states(what, args, seed, data, teacher, smoothing)
+        weights += [engine.weights_hash(state) for state in states[what].values()]
+    settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
+    settings |= dict(vars(common.only_flags(args, add_measuring_flags)), data=data.facts, weights=weights)
 
-    # The points: all training images, or a random share of them, the same for every checkpoint and loss.
+    def compute():
+        accuracy = {name: runs.last_metrics(run)["test_acc"] for name, run in folders.items()}
+        kept = dict(accuracy=accuracy, smoothing=smoothing)
+        return kept | measurements(args, seed, data, states, logits, smoothing)
+
+    return runs.kept_result(kept_file(args, seed), settings, compute)
+
+
+def measurements(args, seed, data, states, logits, smoothing):
+    """Plain numbers and lists: table {run: {percent: {loss: {statistic: number}}}}; of each point the teacher's
+    confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what gradients were taken."""
     chosen = torch.arange(len(data.y_train))
-    if args.points and args.points < len(chosen):
-        chosen = torch.randperm(len(chosen), generator=common.generator("points", seed))[:args.points].sort().values
+    if args.points and args.points < len(chosen):  # the same for every checkpoint and loss
+        chosen = torch.randperm(len(chosen), generator=common.generator("points", seed))[: args.points].sort().values
     chosen = chosen.to(data.device)
-    one_hot = lambda labels: F.one_hot(labels, data.classes).float()
-    images = data.normalise(data.x_train).contiguous()
-    test = slice(0, args.held_out or None)
-    held_out = data.normalise(data.x_test[test]).contiguous(), one_hot(data.y_test[test])
-    losses = {"onehot": (one_hot(data.y_train)[chosen], 1.0), "kd": (softened("teacher", T)[chosen], T),
-              "smooth": (smoothed(data.y_train[chosen], data.classes, smoothing[T]), T)}
-    variants = {}
-    for t in args.temperatures:
-        if t != T:
-            variants[f"kd T={t:g}"] = (softened("teacher", t)[chosen], t)
-            variants[f"smooth T={t:g}"] = (smoothed(data.y_train[chosen], data.classes, smoothing[t]), t)
-    for name in list(teachers)[1:]:
-        variants[f"kd, {name}"] = (softened(name, T)[chosen], T)
+    teacher = logits[chosen].cpu().numpy()
+    predicted = teacher.argmax(1)
+    x = phi_of_class(teacher, predicted)
+    file = student_folder("kd", args, seed) / "logits.npz"
+    student = check_logits(runs.read_npz(file, engine.LOGITS)["train_logits"], file, logits)
+    gap = phi_of_class(student[chosen.cpu().numpy()], predicted) - x
 
-    teacher_logits = all_logits["teacher"][chosen].cpu().numpy()
-    predicted = teacher_logits.argmax(1)
-    x = phi_of_class(teacher_logits, predicted)
-    quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * 4 // len(x)   # hardness as in Figure 1a: lowest X
+    points = points_of(args, seed, data, chosen, x)
+    losses = losses_of(args, data, chosen, logits, smoothing)
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width).to(data.device)
+    table = {what: {} for what in LOSSES}
+    for what in LOSSES:
+        for percent, state in states[what].items():
+            if percent == 0 and what != "onehot":  # the three runs start from the same parameters
+                table[what]["0"] = table["onehot"]["0"]
+                continue
+            model.load_state_dict(state)
+            here = {"smooth": losses["smooth"]} if what == "smooth" else losses
+            table[what][f"{percent:g}"] = measure(model.eval(), points, here, real_steps=what != "smooth")
+    reductions = point_reductions(table)
+    for by_percent in table.values():
+        for found in by_percent.values():
+            for one in found.values():
+                one.pop("deviation", None)
+    parameters = sum(value.numel() for value in model.parameters())
+    what = f"exact gradients of all {parameters} parameters on {len(chosen)} of {len(data.y_train)} training images"
+    return dict(table=table, reductions=reductions, gradients=what, x=x.tolist(), gap=gap.tolist())
+
+
+def points_of(args, seed, data, chosen, x):
+    """The `Points` of the training images `chosen`, whose teacher confidence is x [N].
+
+    Their groups are quarters of x, hardest is lowest as in Figure 1a, and, with label noise, clean and flipped labels.
+    """
+    quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * 4 // len(x)
     groups = {name: quarter == k for k, name in enumerate(QUARTERS)}
     flipped = (data.y_train != data.y_clean)[chosen].cpu().numpy()
     if flipped.any():
-        groups.update({"clean labels": ~flipped, "flipped labels": flipped})
-    step_size = min(args.batch_size, len(data.y_train))
-    rows = batch_weights(groups, step_size, args.batches, common.generator("denoise", seed))
-    whole = {size: part for size, part in rows.items() if size not in groups}
+        groups |= {"clean labels": ~flipped, "flipped labels": flipped}
+    step_size, test = min(args.batch_size, len(data.y_train)), slice(0, args.held_out or None)
+    weights, rows = batch_weights(groups, step_size, args.batches, common.generator("denoise", seed))
+    weights = weights.to(data.device)
+    train, held_out = (data.normalise(images).contiguous() for images in (data.x_train, data.x_test[test]))
+    clean, labels = (F.one_hot(y, data.classes).float() for y in (data.y_clean, data.y_test[test]))
+    return Points(train[chosen], (train, clean), (held_out, labels), groups, weights, rows, step_size)
 
-    table = {}
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed)).to(data.device)
-    names = measured_parameters(model, args.max_parameters)
-    for what in LOSSES:
-        for percent, state in states[what].items():
-            if percent == 0 and what != "onehot":   # the three runs start from the same parameters
-                table[what, 0] = table["onehot", 0]
-                continue
-            if state is not None:
-                model.load_state_dict(state)
-            model.eval()
-            here = {"smooth": losses["smooth"]} if what == "smooth" else losses
-            common_arguments = model, names, images[chosen], held_out, (images, one_hot(data.y_clean))
-            table[what, percent] = measure(*common_arguments, here, groups, rows, step_size, moves=what != "smooth")
-            if percent == args.variants_at and what != "smooth":
-                table[what, percent].update(measure(*common_arguments, variants, {}, whole, step_size, moves=False))
 
-    file = runs["kd"] / "logits.npz"
-    student = check_logits(common.read_npz(file, common.LOGITS)["train_logits"], file, all_logits["teacher"])[chosen.cpu().numpy()]
-    return dict(table=table, x=x, gap=phi_of_class(student, predicted) - x, n=len(chosen), all_points=len(data.y_train), parameters=sum(
-        dict(model.named_parameters())[name].numel() for name in names), all_parameters=sum(p.numel() for p in model.parameters()),
-        smoothing=smoothing, accuracy={name: common.last_metrics(run)["test_acc"] for name, run in runs.items()})
+def losses_of(args, data, chosen, logits, smoothing):
+    """{name in LOSSES: (targets [N, C], temperature)} of the training images `chosen`."""
+    labels, temperature = data.y_train[chosen], args.temperature
+    return {
+        "onehot": (F.one_hot(labels, data.classes).float(), 1.0),
+        "kd": (F.softmax(logits / temperature, 1)[chosen], temperature),
+        "smooth": (smoothed(labels, data.classes, smoothing), temperature),
+    }
 
 
 # ---------------------------------------------------------------- claims
 
 
 def shared_checkpoints(table):
-    """The (run, percent) at which all losses were measured, the common start counted once."""
-    return [key for key in table if key[0] != "smooth" and key != ("kd", 0)]
+    """[{loss: statistics}] at the parameters where all losses were measured, the common start counted once."""
+    return [at for run in ("onehot", "kd") for percent, at in table[run].items() if (run, percent) != ("kd", "0")]
 
 
 def log_ratio(a, b):
@@ -396,46 +421,57 @@ def log_ratio(a, b):
 
 
 def compare(seed, other):
-    """The three comparisons of kd with the loss `other` in one seed; each is positive when kd is the less noisy."""
-    table = seed["table"]
-    return dict(i=np.mean([log_ratio(table[key][other], table[key]["kd"]) for key in shared_checkpoints(table)]),
-                ii=np.mean([log_ratio(table[other, p][other], table["kd", p]["kd"]) for what, p in table if what == "kd" and p]),
-                iii=np.mean([table[key]["kd"]["first_order"] - table[key][other]["first_order"] for key in shared_checkpoints(table)]),
-                **{"iii, real steps": np.mean([table[key]["kd"]["decrease"] - table[key][other]["decrease"] for key in shared_checkpoints(table)])})
+    """Comparisons of kd with the loss `other` in one seed; each is positive when kd is the less noisy.
+
+    One alone misleads: far from its own minimum a loss has a large mean gradient, hence a low noise scale whatever its
+    targets. So they are (i) at shared parameters, mean over the onehot and the kd run; (ii) every loss along its own
+    run at the same share of steps; (iii) the decrease at the shared parameters, for short and for real steps.
+    """
+    table, shared = seed["table"], shared_checkpoints(seed["table"])
+    own = [log_ratio(table[other][p][other], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
+    return {
+        "i": np.mean([log_ratio(at[other], at["kd"]) for at in shared]),
+        "ii": np.mean(own),
+        "iii": np.mean([at["kd"]["first_order"] - at[other]["first_order"] for at in shared]),
+        "iii, real steps": np.mean([at["kd"]["decrease"] - at[other]["decrease"] for at in shared]),
+    }
 
 
-def reductions(onehot, kd):
-    """Each point's reduction of the noise scale, [N], from the statistics of both losses, relative to their sum: -1..1 in total."""
-    return (onehot["deviation"] - kd["deviation"]) / max(onehot["noise_scale"] + kd["noise_scale"], 1e-12)
+def point_reductions(table):
+    """Each point's reduction of the noise scale from onehot to kd, relative to their sum: −1..1 in total.
+
+    Two lists [N]: mean over the shared checkpoints, and with each loss along its own run.
+    """
+
+    def reduction(onehot, kd):
+        return (onehot["deviation"] - kd["deviation"]) / max(onehot["noise_scale"] + kd["noise_scale"], 1e-12)
+
+    shared = [reduction(at["onehot"], at["kd"]) for at in shared_checkpoints(table)]
+    own = [reduction(table["onehot"][p]["onehot"], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
+    return dict(shared=np.mean(shared, 0).tolist(), own=np.mean(own, 0).tolist())
 
 
 def compare_hardest(seed):
-    """The three comparisons on where the noise falls, in one seed; each is hardest − |rest|, the parts of the reduction that lie on
-    the hardest quarter of points and on the others: positive when there is a reduction and more than half of it is on the hardest."""
-    table = seed["table"]
+    """Comparisons on where the noise falls in one seed, as in `compare`; each is hardest − |rest|, the parts of the
+    reduction on the hardest quarter of points and on the others: positive when more than half is on the hardest."""
+    hardest = np.argsort(seed["x"], kind="stable")[: math.ceil(len(seed["x"]) / 4)]
 
     def hardest_minus_rest(values):
-        hardest = np.argsort(seed["x"], kind="stable")[:math.ceil(len(values) / 4)]
+        values = np.array(values, np.float32)
         part = values[hardest].sum() / len(values)
         return part - abs(values.mean() - part)
 
-    gain = lambda key, group: table[key]["kd"][f"cos_held_out {group}"] - table[key]["onehot"][f"cos_held_out {group}"]
-    gains = [np.mean([gain(key, group) for key in shared_checkpoints(table)]) / 4 for group in QUARTERS]
-    return dict(i=hardest_minus_rest(shared_reduction(seed)),
-                ii=hardest_minus_rest(np.mean([reductions(table["onehot", p]["onehot"], table["kd", p]["kd"])
-                                               for what, p in table if what == "kd" and p], 0)),
-                iii=gains[0] - abs(sum(gains[1:])))
-
-
-def shared_reduction(seed):
-    """Each point's reduction [N], mean over the shared checkpoints."""
-    return np.mean([reductions(seed["table"][key]["onehot"], seed["table"][key]["kd"]) for key in shared_checkpoints(seed["table"])], 0)
+    gains = []
+    for group in QUARTERS:
+        key, shared = f"cos_held_out {group}", shared_checkpoints(seed["table"])
+        gains.append(np.mean([at["kd"][key] - at["onehot"][key] for at in shared]) / 4)
+    i, ii = (hardest_minus_rest(seed["reductions"][key]) for key in ("shared", "own"))
+    return dict(i=i, ii=ii, iii=gains[0] - abs(sum(gains[1:])))
 
 
 def link(seed):
-    """Spearman correlations of each point's reduction with the student–teacher gap Y − X: plain, and with X held fixed."""
-    ranks = np.stack([stats.rankdata(values) for values in (shared_reduction(seed), seed["gap"], seed["x"])])
-    r = np.corrcoef(ranks)
+    """Spearman correlations of each point's reduction with the gap Y − X: plain, and with X held fixed."""
+    r = np.corrcoef([stats.rankdata(values) for values in (seed["reductions"]["shared"], seed["gap"], seed["x"])])
     partial = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
     return dict(plain=float(r[0, 1]), given_x=float(partial))
 
@@ -443,215 +479,236 @@ def link(seed):
 def joint_claim(text, verdicts):
     """The row of a claim that counts only when all its comparisons agree: their common verdict, else "mixed"."""
     held = list(verdicts.values()).count("holds")
-    row = common.claim(text, f"all {len(verdicts)} comparisons hold", held, held, held, len(verdicts) - 0.5,
-                       note="; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items()) + ". Measured: how many hold, without interval")
+    note = "; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items())
+    note += ". Measured: how many hold, without interval"
+    expected = f"all {len(verdicts)} comparisons hold"
+    row = claims.claim(text, expected, held, held, held, len(verdicts) - 0.5, note=note)
     return dict(row, verdict=next(iter(verdicts.values())) if len(set(verdicts.values())) == 1 else "mixed")
 
 
 def denoise_claims(seeds):
-    """Claims rows: three comparisons and their verdict for each claim, and the link to the student–teacher gap."""
-    measures = {
-        "KD gradients are less noisy than one-hot gradients": ([compare(seed, "onehot") for seed in seeds], (
-            *["log ratio of noise scales, one-hot / KD"] * 2, *["decrease, share of steepest descent, KD minus one-hot"] * 2)),
-        "most of the reduction is on hard points": ([compare_hardest(seed) for seed in seeds], (
-            *["part on the hardest quarter minus the size of the rest"] * 2,
-            "gain in first-order decrease of batches of the hardest quarter, minus the size of the others', weighted by points")),
-        "the reduction is not explained by softness alone": ([compare(seed, "smooth") for seed in seeds], (
-            *["log ratio of noise scales, smoothed / KD"] * 2, *["decrease, share of steepest descent, KD minus smoothed"] * 2)),
+    """Claims rows: the comparisons and their joint verdict for each claim, and the link to the student–teacher gap."""
+    where = {
+        "i": "shared parameters",
+        "ii": "own runs at the same progress",
+        "iii": "decrease of the clean held-out loss at shared parameters, short steps",
+        "iii, real steps": "the same with real steps",
     }
-    where = {"i": "shared parameters", "ii": "own runs at the same progress",
-             "iii": "decrease of the clean held-out loss at shared parameters, short steps", "iii, real steps": "the same with real steps"}
+    scales, decrease = "log ratio of noise scales, {} / KD", "decrease, share of steepest descent, KD minus {}"
+    onehot, smooth = (
+        [note.format(q) for note in (scales, scales, decrease, decrease)] for q in ("one-hot", "smoothed")
+    )
+    hard = ["part on the hardest quarter minus the size of the rest"] * 2
+    gain = "gain in first-order decrease of batches of the hardest quarter, minus the size of the others'"
+    hard.append(f"{gain}, weighted by points")
     rows = []
-    for text, (values, notes) in measures.items():
-        parts = [common.claim(f"{text}: ({key}) {where[key]}", "> 0", *common.mean_interval([value[key] for value in values]), 0, note=note)
-                 for key, note in zip(values[0], notes)]
-        rows += [joint_claim(text, {key: part["verdict"] for key, part in zip(values[0], parts)}), *parts]
-    links = [link(seed) for seed in seeds]
-    for key, text in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
-        rows.append(common.claim(f"noise falls most where the student falls below its teacher{text}", "< 0",
-                                 *common.mean_interval([value[key] for value in links]), 0, above=False,
-                                 note="Spearman correlation of noise reduction and gap Y − X, training points"))
+    for text, values, notes in (
+        ("KD gradients are less noisy than one-hot gradients", [compare(seed, "onehot") for seed in seeds], onehot),
+        ("most of the reduction is on hard points", [compare_hardest(seed) for seed in seeds], hard),
+        ("the reduction is not explained by softness alone", [compare(seed, "smooth") for seed in seeds], smooth),
+    ):
+        parts = {}
+        for key, note in zip(values[0], notes, strict=True):
+            measured = claims.mean_interval([value[key] for value in values])
+            parts[key] = claims.claim(f"{text}: ({key}) {where[key]}", "> 0", *measured, 0, note=note)
+        rows += [joint_claim(text, {key: row["verdict"] for key, row in parts.items()}), *parts.values()]
+    note = "Spearman correlation of noise reduction and gap Y − X, training points"
+    for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
+        measured = claims.mean_interval([link(seed)[key] for seed in seeds])
+        text = f"noise falls most where the student falls below its teacher{more}"
+        rows.append(claims.claim(text, "< 0", *measured, 0, above=False, note=note))
     return rows
 
 
 # ---------------------------------------------------------------- output
 
 
-def tables_of(seeds):
-    """{run: {percent: {loss: {statistic: dict(value, low, high, seeds)}}}} over seeds."""
-    tables = {}
-    for (what, percent), losses in seeds[0]["table"].items():
-        for loss, statistics in losses.items():
-            entry = tables.setdefault(what, {}).setdefault(f"{percent:g}", {}).setdefault(loss, {})
-            for key in statistics:
-                if key != "deviation":
-                    entry[key] = over_seeds([seed["table"][what, percent][loss][key] for seed in seeds])
-    return tables
-
-
 def over_seeds(values):
-    return dict(zip(("value", "low", "high"), common.mean_interval(values)), seeds=[float(value) for value in values])
+    """dict(value, low, high, seeds) of one number per seed; of one nested dict per seed, the dict of these."""
+    if isinstance(values[0], dict):
+        # The points of a seed may happen to have no flipped label.
+        keys = [key for key in values[0] if all(key in value for value in values)]
+        return {key: over_seeds([value[key] for value in values]) for key in keys}
+    value, low, high = claims.mean_interval(values)
+    return dict(value=value, low=low, high=high, seeds=[float(value) for value in values])
 
 
-def averaged(seeds, loss, statistic, keys=None):
-    """(mean, low, high) over seeds of a statistic's mean over the shared checkpoints, or over `keys`."""
-    return common.mean_interval([np.mean([seed["table"][key][loss][statistic] for key in keys or shared_checkpoints(seed["table"])])
-                                 for seed in seeds])
-
-
-def noise_markdown(seeds):
-    """Noise scale, alignment and decrease of every loss at every checkpoint, as a Markdown table of means over seeds."""
-    text = "| run | progress | loss | noise scale | cosine with clean | with held-out | decrease ± sd of a batch |\n" + "|---" * 7 + "|\n"
-    for (what, percent), losses in seeds[0]["table"].items():
-        if percent == 0 and what != "onehot":
-            continue
-        for loss, statistics in losses.items():
-            mean = {key: np.mean([seed["table"][what, percent][loss][key] for seed in seeds]) for key in statistics if key != "deviation"}
-            fall = f"{mean['decrease']:.3f} ± {mean['decrease sd']:.3f}" if "decrease" in mean else "–"
-            text += (f"| {what} | {percent:g}% | {loss} | {mean['noise_scale']:.1f} | {mean['cos_clean 64']:.3f} | "
-                     f"{mean['cos_held_out 64']:.3f} | {fall} |\n")
-    return text
-
-
-def plot(seeds, args, folder):
-    """One figure: noise scale over training, alignment against batch size, quarters, variants and the link to the gap."""
-    plt = common.pyplot()
-    colours, labels = dict(onehot="tab:red", kd="tab:blue", smooth="tab:grey"), dict(onehot="one-hot", kd="KD", smooth="smoothed labels")
-    table = seeds[0]["table"]
-    figure, axes = plt.subplots(3, 3, figsize=(15, 12), layout="constrained")
-
-    def band(axis, x, values, loss):
-        value, low, high = np.array(values).T
-        axis.plot(x, value, "o-", color=colours[loss], label=labels[loss], ms=4)
-        if len(seeds) > 1:
-            axis.fill_between(x, low, high, color=colours[loss], alpha=0.15)
-
-    percents = sorted({percent for what, percent in table if what == "kd"})
-    for axis, (title, run_of) in zip(axes[0], (("at the one-hot run's parameters", lambda loss: "onehot"),
-                                               ("at the KD run's parameters", lambda loss: "kd"), ("each loss along its own run", lambda loss: loss))):
-        for loss in LOSSES:
-            logs = [common.mean_interval([math.log(max(seed["table"][run_of(loss), p][loss]["noise_scale"], 1e-12)) for seed in seeds])
-                    for p in percents]
-            band(axis, percents, np.exp(logs), loss)
-        axis.set(yscale="log", xlabel="share of training steps, %", ylabel="noise scale tr(Σ)/‖G‖²", title=f"Noise scale {title}")
-    for axis, (statistic, name) in zip(axes[1], (("cos_clean", "clean training labels"), ("cos_held_out", "held-out images"))):
-        for loss in LOSSES:
-            band(axis, BATCH_SIZES, [averaged(seeds, loss, f"{statistic} {size}") for size in BATCH_SIZES], loss)
-        axis.set(xscale="log", xticks=BATCH_SIZES, xticklabels=BATCH_SIZES, xlabel="batch size", ylabel="cosine with the reference gradient",
-                 title=f"Alignment with the gradient on {name}")
-        axis.minorticks_off()
+def bands(axis, seeds, xs, value_of, scale=float):
+    """A band for each loss: scale(mean over seeds of value_of(table, loss, x)) at each of xs."""
     for loss in LOSSES:
-        keys = lambda p: [(what, p) for what in ("onehot", "kd")]
-        band(axes[1, 2], percents, [averaged(seeds, loss, "decrease", keys(p)) for p in percents], loss)
-    axes[1, 2].axhline(0, color="black", lw=0.6)
-    axes[1, 2].set(xlabel="share of training steps, %", ylabel="share of steepest descent",
-                   title=f"Decrease of the clean held-out loss, batches of {args.batch_size}")
+        cells = []
+        for x in xs:
+            cell = over_seeds([value_of(seed["table"], loss, x) for seed in seeds])
+            cells.append({end: scale(cell[end]) for end in ("value", "low", "high")})
+        claims.band(axis, [float(x) for x in xs], cells, **STYLES[loss])
+    axis.legend(fontsize=8)
 
-    groups = [key.removeprefix("noise ") for key in table["onehot", 0]["kd"] if key.startswith("noise ")]
+
+def noise_panel(axis, seeds, title, run_of):
+    """Noise scale over training, of each loss at the parameters of the run run_of[loss]."""
+
+    def log_scale(table, loss, percent):
+        return math.log(max(table[run_of[loss]][percent][loss]["noise_scale"], 1e-12))
+
+    bands(axis, seeds, seeds[0]["table"]["kd"], log_scale, np.exp)
+    axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="share of training steps, %", title=title)
+
+
+def alignment_panel(axis, seeds, statistic, title):
+    """Cosine of mini-batch gradients with a reference gradient over the batch size, at shared parameters."""
+
+    def cosine(table, loss, size):
+        return np.mean([at[loss][f"{statistic} {size}"] for at in shared_checkpoints(table)])
+
+    bands(axis, seeds, BATCH_SIZES, cosine)
+    axis.set(xscale="log", xlabel="batch size", ylabel="cosine with the reference gradient", title=title)
+    axis.set_xticks(BATCH_SIZES, BATCH_SIZES)
+    axis.minorticks_off()
+
+
+def decrease_panel(axis, seeds, title):
+    """Decrease of the held-out loss by real steps over training, mean over the onehot and the kd run."""
+
+    def decrease(table, loss, percent):
+        return np.mean([table[run][percent][loss]["decrease"] for run in ("onehot", "kd")])
+
+    bands(axis, seeds, seeds[0]["table"]["kd"], decrease)
+    axis.axhline(0, color="black", lw=0.6)
+    axis.set(xlabel="share of training steps, %", ylabel="share of steepest descent", title=title)
+
+
+def error_bars(cells):
+    """Lengths of error bars; none for a single seed."""
+    return [cell["value"] - cell["low"] if math.isfinite(cell["low"]) else 0 for cell in cells]
+
+
+def groups_panel(axis, seeds):
+    """Noise of the points of each group relative to the one-hot noise scale, at shared parameters.
+
+    Geometric means over checkpoints: late ones, whose noise scale is far larger, would drown the rest otherwise.
+    """
+
+    def relative(table, loss, group):
+        logs = []
+        for at in shared_checkpoints(table):
+            share = at[loss][f"noise {group}"] / max(at["onehot"]["noise_scale"], 1e-12)
+            logs.append(math.log(max(share, 1e-12)))
+        return math.exp(np.mean(logs))
+
+    found = over_seeds([seed["table"]["onehot"]["0"]["kd"] for seed in seeds])
+    groups = [key.removeprefix("noise ") for key in found if key.startswith("noise ")]
     for k, loss in enumerate(LOSSES):
-        # Geometric mean over checkpoints: late ones, whose noise scale is far larger, would drown the rest otherwise.
-        share = lambda seed, key, group: seed["table"][key][loss][f"noise {group}"] / max(seed["table"][key]["onehot"]["noise_scale"], 1e-12)
-        values = [common.mean_interval([np.exp(np.mean([math.log(max(share(seed, key, group), 1e-12)) for key in shared_checkpoints(table)]))
-                                        for seed in seeds]) for group in groups]
-        value, low, high = np.array(values).T
-        error = np.where(np.isfinite(low), value - low, 0)
-        axes[2, 0].bar(np.arange(len(groups)) + 0.27 * (k - 1), value, 0.25, yerr=error, color=colours[loss],
-                       label=labels[loss], capsize=2 * (len(seeds) > 1))
-    axes[2, 0].set(xticks=range(len(groups)), ylabel="noise relative to one-hot over all points",
-                   title="Noise by teacher hardness and label, shared parameters")
-    axes[2, 0].set_xticklabels([group.replace(" ", "\n") for group in groups], fontsize=8)
+        cells = [over_seeds([relative(seed["table"], loss, group) for seed in seeds]) for group in groups]
+        values, places = [cell["value"] for cell in cells], np.arange(len(groups)) + 0.27 * (k - 1)
+        axis.bar(places, values, 0.25, yerr=error_bars(cells), capsize=2 * (len(seeds) > 1), **STYLES[loss])
+    axis.set(ylabel="noise relative to one-hot over all points")
+    axis.set(title="Noise by teacher hardness and label, shared parameters")
+    axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups], fontsize=8)
+    axis.legend(fontsize=8)
 
-    at = [key for key in (("onehot", args.variants_at), ("kd", args.variants_at)) if key in table]
-    names = [loss for loss in table[at[0]]]
-    ratio = lambda seed, loss: np.mean([log_ratio(seed["table"][key]["onehot"], seed["table"][key][loss]) for key in at])
-    value, low, high = np.array([common.mean_interval([ratio(seed, loss) for seed in seeds]) for loss in names]).T
-    axes[2, 1].barh(range(len(names)), value, xerr=np.where(np.isfinite(low), value - low, 0), capsize=2 * (len(seeds) > 1),
-                    color=["tab:red" if name == "onehot" else "tab:grey" if name.startswith("smooth") else "tab:blue" for name in names])
-    accuracy = {name: np.mean([seed["accuracy"][name] for seed in seeds]) for name in seeds[0]["accuracy"]}
-    full = lambda name: f"{name} T={args.temperature:g}" if name in ("kd", "smooth") else name
-    shown = [full(name).replace(", ", "\n") + (f" ({100 * accuracy[name[4:]]:.0f}%)" if name[4:] in accuracy else "") for name in names]
-    axes[2, 1].set(yticks=range(len(names)), xlabel="log ratio of noise scales, one-hot / this loss",
-                   title=f"Temperatures and teachers (accuracy) at {args.variants_at:g}% of the steps")
-    axes[2, 1].set_yticklabels(shown, fontsize=8)
-    axes[2, 1].invert_yaxis()
 
-    gap, reduction = np.concatenate([seed["gap"] for seed in seeds]), np.concatenate([shared_reduction(seed) for seed in seeds])
-    axes[2, 2].scatter(gap, reduction, s=3, alpha=0.3, c=np.concatenate([seed["x"] for seed in seeds]), cmap="viridis", rasterized=True)
-    axes[2, 2].axhline(0, color="black", lw=0.6)
-    axes[2, 2].set(xlabel="student–teacher gap Y − X", ylabel="noise reduction of the point", 
-                   title=f"Reduction against gap, Spearman {np.mean([link(seed)['plain'] for seed in seeds]):.2f} (colour: X)")
-    axes[2, 2].set_yscale("symlog", linthresh=0.1)
-    for axis in [*axes[0], *axes[1], axes[2, 0]]:
-        axis.legend(fontsize=8)
+def gap_panel(axis, seeds):
+    """Each point's reduction against the student–teacher gap, coloured by teacher confidence."""
+    gap, x = (np.concatenate([seed[key] for seed in seeds]) for key in ("gap", "x"))
+    reductions = np.concatenate([seed["reductions"]["shared"] for seed in seeds])
+    axis.scatter(gap, reductions, s=3, alpha=0.3, c=x, cmap="viridis", rasterized=True)
+    axis.axhline(0, color="black", lw=0.6)
+    correlation = np.mean([link(seed)["plain"] for seed in seeds])
+    axis.set(xlabel="student–teacher gap Y − X", ylabel="noise reduction of the point")
+    axis.set(title=f"Reduction against gap, Spearman {correlation:.2f} (colour: X)")
+    axis.set_yscale("symlog", linthresh=0.1)
+
+
+def plot(seeds, args):
+    """The figure: noise scale over training; alignment and decrease; where the noise falls and for which losses."""
+    figure, axes = claims.pyplot().subplots(3, 3, figsize=(15, 12), layout="constrained")
+    noise_panel(axes[0, 0], seeds, "Noise scale at the one-hot run's parameters", dict.fromkeys(LOSSES, "onehot"))
+    noise_panel(axes[0, 1], seeds, "Noise scale at the KD run's parameters", dict.fromkeys(LOSSES, "kd"))
+    noise_panel(axes[0, 2], seeds, "Noise scale of each loss along its own run", {loss: loss for loss in LOSSES})
+    alignment_panel(axes[1, 0], seeds, "cos_clean", "Alignment with the gradient on clean training labels")
+    alignment_panel(axes[1, 1], seeds, "cos_held_out", "Alignment with the gradient on held-out images")
+    decrease_panel(axes[1, 2], seeds, f"Decrease of the clean held-out loss, batches of {args.batch_size}")
+    groups_panel(axes[2, 0], seeds)
+    gap_panel(axes[2, 1], seeds)
+    axes[2, 2].set_axis_off()
     for axis in axes.flat:
         axis.title.set_fontsize(10)
-    figure.suptitle(f"Gradient noise of one-hot, distilled and smoothed losses: {args.data}, {args.arch}, {len(seeds)} seeds; {approximation(seeds[0])}")
-    common.save_figure(figure, folder, "denoise")
+    what = f"{args.data}, {args.arch}, {len(seeds)} seeds; {seeds[0]['gradients']}"
+    figure.suptitle(f"Gradient noise of one-hot, distilled and smoothed losses: {what}")
+    claims.save_figure(figure, args.out, "denoise")
 
 
-def approximation(seed):
-    """In words, over what the gradients were taken."""
-    if seed["parameters"] == seed["all_parameters"]:
-        return f"exact gradients of all {seed['parameters']} parameters on {seed['n']} of {seed['all_points']} training images"
-    return (f"approximation: gradients of only the last {seed['parameters']} of {seed['all_parameters']} parameters, "
-            f"on {seed['n']} of {seed['all_points']} training images")
+# ---------------------------------------------------------------- command line
+
+
+def add_measuring_flags(parser):
+    """The flags that say what is measured. What is defined here is compared with what is kept of a seed."""
+    add = parser.add_argument_group("measuring").add_argument
+    share = number(float, 0, 100, open_low=True, open_high=True)
+    percents = "shares of the steps at which to measure, besides 0 and 100"
+    add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help=percents)
+    points = "random training images with per-example gradients; 0 for all"
+    add("--points", type=number(int, 0), default=0, help=points)
+    held_out = "the first so many test images as held-out data; 0 for all"
+    add("--held-out", type=number(int, 0), default=2000, help=held_out)
+    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 
 def main(argv=None):
-    parser = common.Parser(__doc__)
+    parser = runs.Parser(__doc__)
     common.add_flags(parser, out_help="folder for the figure, statistics and claims (default: results/denoise)")
-    add = parser.add_argument
+    add_student_flags(parser)
+    add_measuring_flags(parser)
+    add = parser.add_argument_group("run folders").add_argument
     add("--runs", default="runs", help="folder in which run folders are looked for and made")
-    add("--teacher", help="run folder of a finished teacher; {seed} in it stands for the seed (default: trained when missing)")
     for what in LOSSES:
-        add(f"--{what}", help=f"run folder of the {what} student, made by this script; {{seed}} stands for the seed (default: in --runs, trained when missing)")
-    add("--temperature", type=common.number(float, 0, 1e6, open_low=True), default=4.0, help="softens both teacher and student")
-    add("--temperatures", type=common.number(float, 0, 1e6, open_low=True), nargs="*", default=[1, 2, 8], help="further temperatures, measured at --variants-at")
-    add("--teacher-epochs", type=common.number(int, 1), nargs="*", help="further teachers, trained for so many epochs, measured at --variants-at (default: 4%% and 25%% of --epochs)")
-    add("--percents", type=common.number(float, 0, 100, True, True), nargs="+", default=[5, 25, 50], help="shares of the steps at which to measure, besides 0 and 100")
-    add("--variants-at", type=common.number(float, 0, 100), default=25, help="one of those, where further temperatures and teachers are measured")
-    add("--points", type=common.number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
-    add("--held-out", type=common.number(int, 0), default=2000, help="the first so many test images as held-out data; 0 for all")
-    add("--batches", type=common.number(int, 2, 1000), default=8, help="mini-batches of each size")
-    add("--max-parameters", type=common.number(int, 0), default=0, help="only the last parameter tensors that hold at most that many: an approximation for large nets; 0 for all")
+        add(f"--{what}", help=f"run folder of the {what} student; {{seed}} stands for the seed (default: in --runs)")
+    common.add_process_flags(parser)
     parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True, out="results/denoise")
-    args = common.resolve(parser.parse_args(argv))
-    if args.teacher_epochs is None:
-        args.teacher_epochs = sorted({max(1, round(args.epochs * share)) for share in (0.04, 0.25)} - {args.epochs})
-    if args.variants_at not in (0, 100, *args.percents):
-        raise common.InputError(f"--variants-at {args.variants_at:g} is not measured: use 0, 100 or one of --percents "
-                                f"{' '.join(f'{p:g}' for p in args.percents)}")
-    if 0 < args.points < 8:
-        raise common.InputError(f"--points {args.points} is too few for quarters: use 8 or more, or 0 for all")
-    if args.stop_epoch:
-        raise common.InputError("--stop-epoch does not go with teachers of several lengths: leave it out, and give --epochs")
-    if max(args.teacher_epochs, default=0) >= args.epochs:
-        raise common.InputError(f"--teacher-epochs {max(args.teacher_epochs)} must be less than --epochs {args.epochs}")
-    data = common.data_from(args)
-    if data.streams:
-        raise common.InputError("the gradients are taken of images in memory: give --loader device, with a smaller --image-size or --subset if they do not fit")
-    common.check_model(args, data)   # a wrong one fails before anything is discarded
-    teachers = [Path(args.teacher.replace("{seed}", str(seed))) for seed in args.seeds] if args.teacher else []
-    for run in sorted(set(teachers)):
-        common.load_teacher(run, data)
-    planned = [student_folder(what, args, seed) for seed in args.seeds for what in LOSSES]
-    places, given = ({os.path.realpath(run) for run in group} for group in (planned, teachers))
-    if len(places) < len(planned) or places & given:
-        raise common.InputError("two runs share a folder: give --teacher, --onehot, --kd and --smooth different ones, with {seed} in each for several seeds")
-    own = args.teacher_epochs + ([] if args.teacher else [args.epochs])
-    common.discard_runs(args, planned + [teacher_folder(args, seed, epochs) for seed in args.seeds for epochs in own])
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for action in parser._actions:
+        if action.dest in FIXED:
+            action.help = argparse.SUPPRESS
 
-    seeds = [measure_seed(args, seed, data) for seed in args.seeds]
-    print(noise_markdown(seeds))
-    accuracy = {name: over_seeds([seed["accuracy"][name] for seed in seeds]) for name in seeds[0]["accuracy"]}
-    links = {key: over_seeds([link(seed)[key] for seed in seeds]) for key in ("plain", "given_x")}
-    common.write_json(Path(args.out) / "denoise.json", dict(
-        seeds=args.seeds, gradients=approximation(seeds[0]), accuracy=accuracy,
-        smoothing=[seed["smoothing"] for seed in seeds], link=links, tables=tables_of(seeds)))
-    common.save_claims(args.out, denoise_claims(seeds), f"Student's t over {len(seeds)} seeds")
-    plot(seeds, args, args.out)
+    args = engine.resolve(parser.parse_args(argv))
+    args.percents = sorted(set(args.percents))
+    for name in FIXED:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} follows from the kind of run here: leave it out")
+    if 0 < args.points < 8:
+        raise InputError(f"--points {args.points} is too few for quarters: use 8 or more, or 0 for all")
+    data = common.data_from(args)
+    if data.mapped:
+        raise InputError("gradients are taken of images in memory, where these do not fit: give a smaller --image-size")
+    common.check_model(args, data)
+    seeds = engine.shard_of(args)
+    teachers = sorted({teacher_folder(args, seed) for seed in seeds})
+    given = teachers if args.teacher else []
+    for run in given:
+        engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
+    planned = [student_folder(what, args, seed) for seed in seeds for what in LOSSES]
+    if len({os.path.realpath(run) for run in planned}) < len(planned):
+        what = "two runs share a folder: give --onehot, --kd and --smooth different ones"
+        raise InputError(f"{what}, with {{seed}} in each for several seeds")
+    planned += [] if args.teacher else teachers
+    if args.overwrite:
+        for seed in seeds:
+            kept_file(args, seed).unlink(missing_ok=True)
+    runs.discard_runs(args, planned, given)
+    kept_file(args, 0).parent.mkdir(parents=True, exist_ok=True)
+
+    engine.run_jobs(args)
+    found = [measure_seed(args, seed, data) for seed in seeds]
+    if args.shard != (0, 1):
+        print("this shard is measured; when all are, the same command without --shard draws the figure")
+        return
+    summary = dict(seeds=args.seeds, gradients=found[0]["gradients"], smoothing=[seed["smoothing"] for seed in found])
+    summary["accuracy"] = over_seeds([seed["accuracy"] for seed in found])
+    summary["link"] = over_seeds([link(seed) for seed in found])
+    summary["tables"] = over_seeds([seed["table"] for seed in found])
+    runs.write_json(Path(args.out) / "denoise.json", summary)
+    claims.save_claims(args.out, denoise_claims(found), f"Student's t over {len(found)} seeds")
+    plot(found, args)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    runs.cli(main)
