@@ -1,62 +1,79 @@
-"""Language (paper §3, GLUE): distil RoBERTa into itself and into a smaller one, with the deviations and the loss switch.
+"""Language (paper §3, GLUE): distil RoBERTa into itself and a smaller one, with deviations and the loss switch.
 
     python glue_distill.py --seeds 0 1 2                                                  # embedded synthetic sentiment
     python glue_distill.py --task sst-2 --teacher roberta-base --student roberta-base distilroberta/distilroberta-base
-    python glue_distill.py --task cola --teacher mini --student mini tiny --mlm-epochs 20 # from scratch, no weights needed
+    python glue_distill.py --task cola --teacher mini --student mini tiny --mlm-epochs 20 # no weights needed
     python glue_distill.py --task csv:reviews.csv --mode onehot kd                        # columns text[,text2],label
 
-Trains, where not finished already, a teacher for every seed and its students in each --mode; the run folders are those of
-train_teacher.py and train_student.py, so analyze_deviation.py takes them. A size (tiny, mini, … or LAYERSxHIDDEN) starts
-from random weights; then the task's own sentences are learnt first by masked-language modelling (--mlm-epochs), once for
-each size and seed: teacher and self-distilled student continue the same pretrained weights, as in the paper, with their
-own heads, orders and dropout. Teacher logits are read from its logits.npz: text is not augmented, so they are exact.
-
-Writes into --results, for each student: fig1a, deviation.json and claims; fig1b and switch.json (for the switches); and
-glue.json, glue.md (metrics, slopes, speed, padding) for all. Departures from the paper: sentence order is by length within
-pools of 50 batches; the switch is abrupt unless --window is given; GLUE's dev set is the test set (its labels are public).
-The paper's language results are mixed: 7 of its 12 slopes exceed 1. Expected on the embedded, synthetic task, 3 seeds, about
-2 minutes on a CPU: the teacher reaches 85.0% where nobody can exceed 88.0% (Bayes); neither the self-distilled student's gain
-(-0.6 points, interval -4.9 to 2.9) nor its slope (0.96 on train, 0.84 to 1.13) is settled, nor by how much the smaller
-student's slope exceeds its control's (0.33, -0.07 to 1.04). In its hardest quarter 65% (52 to 79) of the training points lie
-below y = x.
+A model from scratch (tiny, mini, … or LAYERSxHIDDEN) first learns the task's sentences by masked-language modelling,
+once per size and seed: teacher and self-distilled student continue the same weights, as in the paper, with their own
+heads, orders and dropout. Teacher logits come from its logits.npz: text is not augmented, so they are exact. Writes
+into --results, for each student: fig1a, deviation.json, claims, and switch/ with fig1b; for all glue.json and glue.md.
+Departures from the paper: sentence order is by length within pools of 50 batches; the switch is abrupt unless --window
+is given; GLUE's dev set is the test set (its labels are public).
 """
+
 import argparse
 import csv
 import hashlib
 import math
-import os
 import re
-import time
 import warnings
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import analyze_deviation
+import claims
 import common
+import engine
+import runs
 import switch_distill
+from runs import InputError, number
+from switch_distill import SWITCHES
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- texts
 
-# GLUE's original TSV layout: folder, columns of the sentences, column of the label, names of the classes in the order that
-# Hugging Face numbers them. CoLA has no header, so its columns are positions.
+
+class GlueTask(NamedTuple):
+    """GLUE's original TSV layout: folder, columns of the sentences, column of the label, and names of the classes in
+    the order of Hugging Face, whose own columns are hub_columns where they have other names."""
+
+    folder: str
+    columns: tuple
+    label: str | int
+    classes: tuple
+    hub_columns: tuple = ()
+    metrics: tuple = ("acc",)
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+PAIR = ("sentence1", "sentence2")
 GLUE = {
-    "cola": ("CoLA", (3,), 1, ("0", "1")),
-    "sst-2": ("SST-2", ("sentence",), "label", ("0", "1")),
-    "mrpc": ("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1")),
-    "rte": ("RTE", ("sentence1", "sentence2"), "label", ("entailment", "not_entailment")),
-    "qnli": ("QNLI", ("question", "sentence"), "label", ("entailment", "not_entailment")),
-    "qqp": ("QQP", ("question1", "question2"), "is_duplicate", ("0", "1")),
-    "mnli": ("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction")),
-    "wnli": ("WNLI", ("sentence1", "sentence2"), "label", ("0", "1")),
+    "cola": GlueTask("CoLA", (3,), 1, ("0", "1"), ("sentence",), ("mcc",)),  # has no header: columns are positions
+    "sst-2": GlueTask("SST-2", ("sentence",), "label", ("0", "1")),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), PAIR, ("acc", "f1")),
+    "rte": GlueTask("RTE", PAIR, "label", ENTAILMENT),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
+    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), (), ("acc", "f1")),
+    "mnli": GlueTask("MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")),
+    "wnli": GlueTask("WNLI", PAIR, "label", ("0", "1")),
 }
-METRICS = {"cola": ("mcc",), "mrpc": ("acc", "f1"), "qqp": ("acc", "f1")}   # accuracy for every other task
-HUB = {"imdb": "stanfordnlp/imdb", "ag_news": "fancyzhx/ag_news"}
+HUB = {
+    "imdb": ("stanfordnlp/imdb", ("neg", "pos")),
+    "ag_news": ("fancyzhx/ag_news", ("World", "Sports", "Business", "Sci/Tech")),
+}
 TASKS = ("sentiment", *GLUE, *HUB)
+MODES = ("onehot", "kd", *SWITCHES)
+
+
+def metrics_of(task):
+    return GLUE[task].metrics if task in GLUE else ("acc",)
 
 
 @dataclass
@@ -65,19 +82,25 @@ class Split:
 
     probability [N, 2]: the true probabilities of the classes, known for the embedded task alone.
     """
+
     first: list
     second: list | None
     labels: np.ndarray
     probability: np.ndarray | None = None
 
     def take(self, index):
-        part = lambda values: None if values is None else [values[k] for k in index]
-        return Split(part(self.first), part(self.second), self.labels[index], None if self.probability is None else self.probability[index])
+        first, second = (texts and [texts[k] for k in index] for texts in (self.first, self.second))
+        return Split(first, second, self.labels[index], None if self.probability is None else self.probability[index])
+
+    def sentences(self):
+        return self.first + (self.second or [])
 
 
 @dataclass
 class Texts:
-    """One task: splits train, test and, for MNLI, mismatched; index [n_train] into the full training set; facts for config.json."""
+    """One task: splits train, test and, for MNLI, mismatched; index [n_train] into the full training set; facts for
+    config.json."""
+
     splits: dict
     classes: int
     index: np.ndarray
@@ -87,53 +110,74 @@ class Texts:
 def load_task(name, data_dir="data", subset=0, data_seed=0):
     """Load a task as `Texts`: sentiment, a GLUE task, imdb, ag_news, or csv:PATH.
 
-    Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and nested
-    draw; 0 for all. InputError for an unknown task, missing columns, a torn row, or when nothing can be had.
+    Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and
+    nested draw; 0 for all. InputError for an unknown task, a torn or missing file, or too few texts.
     """
-    data_dir = Path(data_dir)
-    if name == "sentiment":
-        classes, splits = 2, dict(train=sentiment(4000, "train", data_seed), test=sentiment(2000, "test", data_seed))
-    elif name in GLUE:
-        splits, classes = glue(name, data_dir), len(GLUE[name][3])
-    elif name in HUB:
-        folder = data_dir / name
-        splits = csv_splits(folder, data_seed) if folder.is_dir() else hub_splits(
-            HUB[name], None, ("text", None, "label"), dict(train="train", test="test"), f"train.csv and test.csv (columns text,label) into {folder}")
-        classes = int(splits["train"].labels.max()) + 1
-    elif name.startswith("csv:"):
-        splits = csv_splits(Path(name[4:]), data_seed)
-        classes = int(splits["train"].labels.max()) + 1
-    else:
-        raise common.InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
+    splits, class_names = load_splits(name, Path(data_dir), data_seed)
     n = len(splits["train"].labels)
     if subset > n:
-        raise common.InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0 for all")
-    index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset]) if subset else np.arange(n)
+        fix = f"use at most {n}, or 0 for all"
+        raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: {fix}")
+    index = np.arange(n)
+    if subset:
+        index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset])
     splits["train"] = splits["train"].take(index)
     if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(splits["test"].labels) < 8:
-        raise common.InputError(f"{name}: train and test need two classes each, and 8 test texts at least: give more data or a larger --subset")
+        needed = "train and test need two classes each, and 8 test texts at least"
+        raise InputError(f"{name}: {needed}: give more data or a larger --subset")
     digest = hashlib.sha256(repr([(key, s.first, s.second, s.labels.tolist()) for key, s in splits.items()]).encode())
-    facts = dict(name=name, classes=classes, subset=subset, label_noise=0.0, data_seed=data_seed, sha256=digest.hexdigest(),
-                 **{f"n_{key}": len(split.labels) for key, split in splits.items()})
-    if splits["test"].probability is not None:
-        facts["bayes_accuracy"] = float((splits["test"].probability.argmax(1) == splits["test"].labels).mean())
-    return Texts(splits, classes, index, facts)
+    facts = dict(name=name, classes=len(class_names), class_names=list(class_names), subset=subset, label_noise=0.0)
+    facts |= dict(data_seed=data_seed, sha256=digest.hexdigest())
+    facts |= {f"n_{key}": len(split.labels) for key, split in splits.items()}
+    test = splits["test"]
+    if test.probability is not None:
+        facts["bayes_accuracy"] = float((test.probability.argmax(1) == test.labels).mean())
+    return Texts(splits, len(class_names), index, facts)
+
+
+def load_splits(name, data_dir, data_seed):
+    """({split: Split}, names of the classes) of a task, before the subset is drawn."""
+    if name == "sentiment":
+        parts = (("train", 4000), ("test", 2000))
+        return {part: sentiment(n, part, data_seed) for part, n in parts}, ("negative", "positive")
+    if name in GLUE:
+        return glue(name, data_dir), GLUE[name].classes
+    if name in HUB and not (data_dir / name).is_dir():
+        repository, classes = HUB[name]
+        instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
+        return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
+    if name in HUB or name.startswith("csv:"):
+        return csv_splits(Path(name[4:]) if name.startswith("csv:") else data_dir / name, data_seed)
+    raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
 
 
 def glue(name, data_dir):
     """The splits of a GLUE task, from its original folder in data_dir (or data_dir/glue), else from the hub."""
-    folder, columns, label, classes = GLUE[name]
-    files = dict(train="train.tsv", test="dev_matched.tsv" if name == "mnli" else "dev.tsv")
+    task = GLUE[name]
+    files, parts = dict(train="train.tsv", test="dev.tsv"), dict(train="train", test="validation")
     if name == "mnli":
-        files["mismatched"] = "dev_mismatched.tsv"
-    root = next((root / folder for root in (data_dir, data_dir / "glue") if (root / folder).is_dir()), None)
-    if root:
-        return {key: read_tsv(root / file, name) for key, file in files.items()}
-    hub_columns = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2"), "mnli": ("premise", "hypothesis")}.get(name, columns)
-    parts = {"train": "train", "test": "validation"} if name != "mnli" else {
-        "train": "train", "test": "validation_matched", "mismatched": "validation_mismatched"}
-    return hub_splits("nyu-mll/glue", name.replace("-", ""), (*hub_columns, None)[:2] + ("label",), parts,
-                      f"{', '.join(files.values())} of GLUE into {data_dir / folder}")
+        files |= dict(test="dev_matched.tsv", mismatched="dev_mismatched.tsv")
+        parts |= dict(test="validation_matched", mismatched="validation_mismatched")
+    for root in (data_dir, data_dir / "glue"):
+        if (root / task.folder).is_dir():
+            return {key: read_tsv(root / task.folder / file, name) for key, file in files.items()}
+    instead = f"{', '.join(files.values())} of GLUE into {data_dir / task.folder}"
+    return hub("nyu-mll/glue", name.replace("-", ""), task.hub_columns or task.columns, parts, instead)
+
+
+def hub(repository, config, columns, parts, instead):
+    """Splits through Hugging Face `datasets`; `instead` says which files serve without a network."""
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()  # it announces every retry
+    with runs.reading(repository, f"put {instead}"):
+        loaded = {key: datasets.load_dataset(repository, config, split=part) for key, part in parts.items()}
+        splits = {}
+        for key, part in loaded.items():
+            texts = [list(part[column]) for column in columns]
+            splits[key] = Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(part["label"], np.int64))
+        return splits
 
 
 def read_tsv(path, name):
@@ -141,118 +185,162 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    _, columns, label, classes = GLUE[name]
-    try:
+    _, columns, label, classes, *_ = GLUE[name]
+    with runs.reading(path, "put GLUE's original file there"):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
-        rows = [line.rstrip("\r").split("\t") for line in Path(path).read_bytes().decode("utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise common.InputError(f"{path} cannot be read as UTF-8 text ({error}): put GLUE's original file there") from None
-    start = 0 if name == "cola" else 1
-    width = 4 if name == "cola" else len(rows[0])
-    if start:
-        missing = [column for column in (*columns, label) if column not in rows[0]]
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    rows = [(k, line.rstrip("\r").split("\t")) for k, line in enumerate(lines, 1) if line.strip("\r")]
+    width = 4
+    if name != "cola":
+        header = rows.pop(0)[1] if rows else []
+        missing = [column for column in (*columns, label) if column not in header]
         if missing:
-            raise common.InputError(f"{path} lacks the column {', '.join(missing)} in its header ({', '.join(rows[0])[:120]}): put GLUE's original file there")
-        columns, label = [rows[0].index(column) for column in columns], rows[0].index(label)
-    texts, labels, torn = [[] for _ in columns], [], 0
-    for number, row in enumerate(rows[start:], start + 1):
-        if row == [""]:
-            continue
-        if len(row) != width or row[label] not in classes:
-            if name == "qqp":
-                torn += 1
-                continue
-            why = f"has {len(row)} columns instead of {width}" if len(row) != width else f"has the label {row[label]!r} instead of {' or '.join(classes)}"
-            raise common.InputError(f"{path}, line {number}: the row {why}: repair or remove that line")
-        for text, column in zip(texts, columns):
-            text.append(row[column])
-        labels.append(classes.index(row[label]))
+            what = f"{path} lacks the column {', '.join(missing)} in its header ({', '.join(header)[:120]})"
+            raise InputError(f"{what}: put GLUE's original file there")
+        columns, label, width = [header.index(column) for column in columns], header.index(label), len(header)
+    torn = {line for line, row in rows if len(row) != width or row[label] not in classes}
+    if torn and name != "qqp":
+        what = f"{path}, line {min(torn)}: the row has not {width} columns, or not the label {' or '.join(classes)}"
+        raise InputError(f"{what}: repair or remove that line")
     if torn:
-        print(f"{path}: {torn} torn rows skipped")
-    return Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(labels, np.int64))
+        print(f"{path}: {len(torn)} torn rows skipped")
+    whole = [row for line, row in rows if line not in torn]
+    texts = [[row[column] for row in whole] for column in columns]
+    labels = np.array([classes.index(row[label]) for row in whole], np.int64)
+    return Split(texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
 def csv_splits(path, data_seed):
-    """Splits of a folder with train.csv and test.csv or dev.csv, or of one file of which a seeded fifth is the test split."""
+    """(splits, class names) of a folder with train.csv and test.csv or dev.csv, or of one file, of which a seeded fifth
+    is the test split. Prints the classes."""
     if path.is_dir():
-        test = next((path / file for file in ("test.csv", "dev.csv") if (path / file).exists()), path / "test.csv")
-        rows = read_csv(path / "train.csv"), read_csv(test)
+        test = "dev.csv" if (path / "dev.csv").exists() and not (path / "test.csv").exists() else "test.csv"
+        parts = dict(train=read_csv(path / "train.csv"), test=read_csv(path / test))
     else:
-        every = read_csv(path)
-        order = torch.randperm(len(every), generator=common.generator("split", data_seed)).tolist()
-        fifth = len(every) // 5
-        rows = [every[k] for k in sorted(order[fifth:])], [every[k] for k in sorted(order[:fifth])]
-
-    def order(label):   # numbers first, by their size; of any length, which int() does not take
-        digits = label.lstrip("0") if label.isdecimal() else ""
-        return not label.isdecimal(), len(digits), digits, label
-    names = sorted({row[2] for part in rows for row in part}, key=order)
-    unknown = {row[2] for row in rows[1]} - {row[2] for row in rows[0]}
+        rows = read_csv(path)
+        order = torch.randperm(len(rows), generator=common.generator("split", data_seed)).tolist()
+        fifth = len(rows) // 5
+        parts = dict(train=[rows[k] for k in sorted(order[fifth:])], test=[rows[k] for k in sorted(order[:fifth])])
+    if not all(parts.values()):
+        raise InputError(f"{path} holds too few rows for a train and a test split: give at least 40")
+    pairs = {key: part[0][1] is not None for key, part in parts.items()}
+    if pairs["train"] != pairs["test"]:
+        raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
+    names = class_names(path, [label for _, _, label in parts["train"]])
+    unknown = sorted({label for _, _, label in parts["test"] if class_of(label) not in names})
     if unknown:
-        raise common.InputError(f"{path}: the label {sorted(unknown)[0]!r} is in the test split alone: give training texts of it")
-    make = lambda part: Split([row[0] for row in part], [row[1] for row in part] if part[0][1] is not None else None,
-                              np.array([names.index(row[2]) for row in part], np.int64))
-    if min(map(len, rows)) == 0:
-        raise common.InputError(f"{path} holds too few rows for a train and a test split: give at least 40")
-    return dict(train=make(rows[0]), test=make(rows[1]))
+        raise InputError(f"{path}: the label {unknown[0]!r} is in the test split alone: give training texts of it")
+    numbers, splits = {name: k for k, name in enumerate(names)}, {}
+    for key, part in parts.items():
+        first, second, labels = zip(*part, strict=True)
+        labels = np.array([numbers[class_of(label)] for label in labels], np.int64)
+        splits[key] = Split(list(first), list(second) if pairs[key] else None, labels)
+    counts = sum(np.bincount(split.labels, minlength=len(names)) for split in splits.values())
+    shown = [f"{name[:40]} ({count})" for name, count in zip(names.values(), counts[:20], strict=False)]
+    more = ["…"] if len(names) > 20 else []
+    print(f"{path}: {len(names)} classes, with their numbers of texts: {', '.join(shown + more)}")
+    return splits, list(names.values())
+
+
+def class_of(label):
+    """The class of a csv label, for sorting: numbers come first, by size; 1, 1.0 and 01 are one class."""
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?", label, re.IGNORECASE):
+        return 0, Decimal(label), ""
+    return 1, Decimal(0), label
+
+
+def class_names(path, labels):
+    """{class_of(label): the shortest way in which it is written}, sorted; InputError for a regression target."""
+    names = {}
+    for label in dict.fromkeys(labels):
+        key = class_of(label)
+        names[key] = min(names.get(key, label), label, key=len)
+    values = [value for is_word, value, _ in names if not is_word]
+    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
+        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
+        raise InputError(f"{what}: give classes, such as its values in a few bins")
+    return dict(sorted(names.items()))
 
 
 def read_csv(path):
-    """[(text, text2 or None, label)] of a CSV file with the columns text[,text2],label."""
-    try:
+    """[(text, text2 or None, label)] of a CSV file with the columns text[,text2],label.
+
+    InputError names the line in which a row begins that is torn, or that a stray quote joins with others.
+    """
+    rows, start = [], 1
+    with runs.reading(path, "save it as UTF-8 CSV with the columns text[,text2],label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header, rows = next(reader, []), [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise common.InputError(f"{path} cannot be read as UTF-8 CSV ({error}): give a file with the columns text[,text2],label") from None
-    missing = [column for column in ("text", "label") if column not in header]
-    if missing:
-        raise common.InputError(f"{path} lacks the column {', '.join(missing)}: its first line must name text[,text2],label")
-    at = {column: header.index(column) for column in ("text", "text2", "label") if column in header}
-    for number, row in rows:
-        if len(row) != len(header) or not row[at["label"]].strip():
-            raise common.InputError(f"{path}, line {number}: the row has {len(row)} columns instead of {len(header)}, or no label: repair or remove it")
-    return [(row[at["text"]], row[at["text2"]] if "text2" in at else None, row[at["label"]].strip()) for _, row in rows]
+            reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
+            try:
+                for row in reader:
+                    rows.append((start, row))
+                    start = reader.line_num + 1
+            except csv.Error as error:
+                fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
+                raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
+    header = rows[0][1] if rows else []
+    if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
+        marks = [name for mark, name in (("\t", "tabs"), (";", "semicolons")) if mark in "".join(header)]
+        what = f"has {marks[0]} instead of commas" if marks else f"is {','.join(header)[:80]!r}"
+        raise InputError(f"{path}, line 1 {what}: it must name the columns text[,text2],label, with commas between")
+    first, label = header.index("text"), header.index("label")
+    second = header.index("text2") if "text2" in header else None
+    known = {row[label] for _, row in rows[1:] if len(row) == len(header)}
+    table = []
+    for start, row in rows[1:]:
+        if not row:  # a blank line
+            continue
+        if len(row) != len(header) or not row[label].strip():
+            what = f"the row has {len(row)} columns instead of {len(header)}, or no label"
+            raise InputError(f"{path}, line {start}: {what}: repair or remove it")
+        if any(holds_a_row(cell, len(header), label, known) for cell in row):
+            raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
+        table.append((row[first], None if second is None else row[second], row[label].strip()))
+    return table
 
 
-def hub_splits(repository, config, columns, parts, instead):
-    """Splits through Hugging Face `datasets`; `instead` says which files serve without a network."""
-    import datasets
-    import huggingface_hub
-    huggingface_hub.utils.logging.set_verbosity_error()   # it announces every retry
-    try:
-        loaded = {key: datasets.load_dataset(repository, config, split=part) for key, part in parts.items()}
-    except Exception as error:   # connection, offline mode, cache: whatever went wrong, the fix is the same
-        raise common.InputError(f"{repository} could not be fetched ({' '.join(str(error).split())[:120]}): put {instead}") from None
-    first, second, label = columns
-    return {key: Split(list(d[first]), list(d[second]) if second else None, np.array(d[label], np.int64)) for key, d in loaded.items()}
+def holds_a_row(cell, columns, label, known):
+    """Whether a cell of several lines has one with all columns and a known label: two stray quotes have joined rows."""
+    lines = [line.split(",") for line in cell.splitlines()]
+    return len(lines) > 1 and any(len(line) == columns and line[label] in known for line in lines)
 
 
 # The embedded task. Strong words count 2, mild ones 1.
-GOOD = {2: "brilliant superb wonderful gripping moving hilarious dazzling splendid".split(), 1: "pleasant decent solid charming neat likeable fresh tidy".split()}
-BAD = {2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(), 1: "weak bland uneven thin dull stale slow loose".split()}
-THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain".split()
-VERBS = "is was seems feels looked remains".split()
+GOOD = {
+    2: "brilliant superb wonderful gripping moving hilarious dazzling splendid".split(),
+    1: "pleasant decent solid charming neat likeable fresh tidy".split(),
+}
+BAD = {
+    2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(),
+    1: "weak bland uneven thin dull stale slow loose".split(),
+}
+THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
+VERBS = "is was seems feels looked remains"
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
-CERTAINTY = 2.0   # log-odds per point of sentiment
+CERTAINTY = 2.0  # log-odds per point of sentiment
 
 
 def sentiment(n, part, data_seed):
     """n generated film reviews with labels drawn from known probabilities (synthetic; not a corpus of anyone's words).
 
-    A clause scores ±1 or ±2 by its adjective, times its intensifier, times −0.6 when negated. "A and B" joins clauses of
-    the same sign and scores A + B; "A but B" and "although A, B" join opposite ones and score 0.4·A + B, so that the main
-    clause wins. The probability of a positive label is 1/(1 + exp(−2·score)): near score 0 nobody can do better than guess.
+    A clause scores ±1 or ±2 by its adjective, times its intensifier, times −0.6 when negated. "A and B" joins clauses
+    of the same sign and scores A + B; "A but B" and "although A, B" join opposite ones and score 0.4·A + B, so that the
+    main clause wins. The probability of a positive label is 1/(1 + exp(−2·score)): near score 0 nobody can do better
+    than guess.
     """
     rng = np.random.default_rng(common.stream_seed("sentiment", part, data_seed))
-    pick = lambda words: words[rng.integers(len(words))]
+    things, verbs = THINGS.split(), VERBS.split()
+
+    def pick(words):
+        return words[rng.integers(len(words))]
 
     def clause(sign):
         negated, strength = rng.random() < 0.3, int(rng.integers(1, 3))
         intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
-        words = (GOOD if (sign > 0) != negated else BAD)[strength]
+        adjectives = (GOOD if (sign > 0) != negated else BAD)[strength]
         score = sign * strength * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
-        return " ".join(filter(None, ("the", pick(THINGS), pick(VERBS), "not" * negated, intensifier, pick(words)))), score
+        words = ("the", pick(things), pick(verbs), "not" * negated, intensifier, pick(adjectives))
+        return " ".join(filter(None, words)), score
 
     texts, scores = [], []
     for _ in range(n):
@@ -270,167 +358,178 @@ def sentiment(n, part, data_seed):
     return Split(texts, None, (rng.random(n) < positive).astype(np.int64), np.stack([1 - positive, positive], axis=1))
 
 
-# ---------------------------------------------------------------- tokens
+# ---------------------------------------------------------------- tokens and batches
 
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+SPECIAL = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
 
 
-def byte_level_bpe(files=None, texts=(), vocab_size=8000):
-    """RoBERTa's tokenizer (Liu et al. 2019): from (vocab.json, merges.txt), else trained on `texts` up to vocab_size tokens."""
+def byte_level_bpe(texts, vocab_size):
+    """A tokenizer of RoBERTa's kind (Liu et al. 2019, §4.4), trained on `texts` up to vocab_size tokens."""
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import RobertaProcessing
     from transformers import PreTrainedTokenizerFast
-    if files:
-        try:
-            bpe = ByteLevelBPETokenizer(*map(str, files))
-        except Exception as error:   # tokenizers raises bare Exception
-            raise common.InputError(f"{files[0]} and {files[1].name} cannot be read as a byte-level BPE ({error}): restore them") from None
-        bpe.add_special_tokens([token for token in SPECIAL if bpe.token_to_id(token) is not None])
-        missing = [token for token in SPECIAL if bpe.token_to_id(token) is None]
-        if missing:
-            raise common.InputError(f"{files[0]} lacks the tokens {' '.join(missing)}: give RoBERTa's vocab.json and merges.txt")
-    else:
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False)
-    bpe._tokenizer.post_processor = RobertaProcessing(("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>")))
-    names = dict(bos_token="<s>", cls_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>", unk_token="<unk>", mask_token="<mask>")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, model_input_names=["input_ids", "attention_mask"], **names)
+
+    bpe, special = ByteLevelBPETokenizer(), list(SPECIAL.values())
+    bpe.train_from_iterator(texts, vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    end, start = (("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>")))
+    bpe._tokenizer.post_processor = RobertaProcessing(end, start)
+    inputs = dict(tokenizer_object=bpe._tokenizer, model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(**inputs, **SPECIAL, cls_token="<s>", sep_token="</s>")
 
 
 @dataclass
 class Tokens:
-    """Tokens of N texts on one device: ids int32 [N, L] padded with `pad`, types int32 [N, L] or None, lengths int64 [N] on the CPU."""
-    ids: torch.Tensor
-    types: torch.Tensor | None
+    """Model inputs of N texts on one device, {name: int32 [N, L]}, padded at the end; lengths int64 [N] on the CPU."""
+
+    inputs: dict
     lengths: torch.Tensor
-    pad: int
 
     def batch(self, index):
         """Model inputs of the texts `index` [B] (on the CPU), padded to the longest of them."""
         longest = int(self.lengths[index].max())
-        where = index.to(self.ids.device)
-        ids = self.ids[where, :longest].long()
-        inputs = dict(input_ids=ids, attention_mask=(torch.arange(longest) < self.lengths[index, None]).to(ids.device).long())
-        return dict(inputs, token_type_ids=self.types[where, :longest].long()) if self.types is not None else inputs
+        return {name: rows[index.to(rows.device), :longest].long() for name, rows in self.inputs.items()}
+
+    def sha256(self):
+        return hashlib.sha256(self.inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()
 
 
 def encode(tokenizer, first, second, max_length, device):
     """Texts as `Tokens`, truncated to max_length (the longer of a pair first)."""
-    coded = tokenizer(first, second, truncation=True, max_length=max_length) if second else tokenizer(first, truncation=True, max_length=max_length)
-    lengths = torch.tensor([len(ids) for ids in coded["input_ids"]])
-
-    def matrix(rows, fill):
-        padded = np.full((len(rows), int(lengths.max())), fill, np.int32)
-        for k, row in enumerate(rows):
-            padded[k, :len(row)] = row
-        return torch.as_tensor(padded).to(device)
-    types = matrix(coded["token_type_ids"], 0) if "token_type_ids" in coded else None
-    return Tokens(matrix(coded["input_ids"], tokenizer.pad_token_id), types, lengths, tokenizer.pad_token_id)
+    tokenizer.padding_side = "right"
+    options = dict(truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    inputs = tokenizer(first, *[second] if second else [], return_attention_mask=True, **options)
+    lengths = inputs["attention_mask"].sum(1)
+    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, lengths)
 
 
-def batches(lengths, batch, *key, pool=50):
-    """List of index tensors, one per step of an epoch: shuffled, sorted by length within pools of batches, batches shuffled.
+def length_batches(lengths, batch, *key, pool=50):
+    """List of index tensors, one per step of an epoch, in which every text comes once; it depends on the key alone.
 
-    Every text comes once; the order depends on the key alone. Sorting keeps padding low, the pools keep batches random.
+    Texts are shuffled and sorted by length within pools of batches, which keeps padding low; then batches are shuffled.
     """
     random = common.generator("order", *key)
-    order = torch.randperm(len(lengths), generator=random)
-    parts = [part for chunk in order.split(pool * batch) for part in chunk[lengths[chunk].argsort(stable=True)].split(batch)]
+    parts = []
+    for chunk in torch.randperm(len(lengths), generator=random).split(pool * batch):
+        parts += chunk[lengths[chunk].argsort(stable=True)].split(batch)
     return [parts[k] for k in torch.randperm(len(parts), generator=random).tolist()]
 
 
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- networks
 
-# layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them in seconds.
+# layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them fast.
 SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium": (8, 512, 8), "base": (12, 768, 12)}
+MODEL_FIX = (
+    "give a hub id, or a folder with config.json, model.safetensors and the tokenizer's files (for RoBERTa vocab.json "
+    f"and merges.txt), or one of {', '.join(SIZES)}, LAYERSxHIDDEN"
+)
 
 
 def size_of(name):
     """(layers, hidden units, heads) of a model from scratch, or None when `name` is a hub id or a folder."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", name)
-    if match:
-        layers, hidden = (int(digits) if len(digits) < 10 else 0 for digits in match.groups())
-        if not 0 < layers <= 1000 or not 0 < hidden <= 2 ** 16 or hidden > 32 and hidden % 32:
-            raise common.InputError(f"--student or --teacher {name}: hidden units must be a multiple of 32, or below 32, and layers at least 1; "
-                                    "at most 1000 layers and 65536 units")
-        return layers, hidden, max(1, hidden // 64 if hidden % 64 == 0 else hidden // 32)
-    return SIZES.get(name)
+    if not match:
+        return SIZES.get(name)
+    layers, hidden = (int(digits) if len(digits) < 10 else 0 for digits in match.groups())
+    if not 0 < layers <= 1000 or not 0 < hidden <= 2**16 or hidden > 32 and hidden % 32:
+        allowed = "1 to 1000 layers, and hidden units below 32 or a multiple of 32 up to 65536"
+        raise InputError(f"--student or --teacher {name}: it must have {allowed}")
+    return layers, hidden, max(1, hidden // 64 if hidden % 64 == 0 else hidden // 32)
 
 
 @dataclass
 class Model:
-    """What every run of one model shares: its name, config, tokenizer, tokens of each split, and what config.json records."""
+    """What every run of one model shares. tokens: {split: Tokens}; epochs, lr: defaults; facts: for config.json."""
+
     name: str
+    scratch: bool
     config: object
     tokenizer: object
     tokens: dict
+    epochs: int
+    lr: float
     facts: dict
-
-    @property
-    def scratch(self):
-        return size_of(self.name) is not None
-
-    @property
-    def epochs(self):
-        return 6 if self.scratch else 3
-
-    @property
-    def lr(self):
-        # From scratch 1e-3 for tiny, and inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
-        return min(1e-3, 0.064 / self.config.hidden_size) if self.scratch else 2e-5
 
 
 def prepare(name, data, args):
     """The `Model` of a size, hub id or local folder for this task; InputError when they do not fit each other."""
-    from transformers import AutoConfig, AutoTokenizer, RobertaConfig
-    size = size_of(name)
-    train = data.splits["train"]
-    if size:
-        folder = Path(args.tokenizer) if args.tokenizer else None
-        files = [folder / "vocab.json", folder / "merges.txt"] if folder else None
-        if files and not all(file.is_file() for file in files):
-            raise common.InputError(f"--tokenizer {folder} must be a folder with vocab.json and merges.txt")
-        tokenizer = byte_level_bpe(files, train.first + (train.second or []), args.vocab_size)
-        layers, hidden, heads = size
+    scratch = size_of(name) is not None
+    config, tokenizer = scratch_model(name, data, args) if scratch else saved_model(name, data, args)
+    tokens = {}
+    for key, split in data.splits.items():
+        with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+            tokens[key] = encode(tokenizer, split.first, split.second, args.max_length, args.device)
+    cut = float((tokens["train"].lengths >= args.max_length).double().mean())
+    if cut > 0.01:
+        print(f"{name}: {100 * cut:.1f}% of the training texts reach --max-length {args.max_length}, may be truncated")
+    facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
+    facts |= dict(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
+    print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
+    facts |= dict(at_max_length=cut, tokens_sha256={key: part.sha256() for key, part in tokens.items()})
+    # From scratch 1e-3 for tiny, inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
+    epochs, lr = (6, min(1e-3, 0.064 / config.hidden_size)) if scratch else (3, 2e-5)
+    return Model(name, scratch, config, tokenizer, tokens, epochs, lr, facts)
+
+
+def scratch_model(name, data, args):
+    """(config, tokenizer) of a RoBERTa of a given size."""
+    from transformers import RobertaConfig
+
+    tokenizer = byte_level_bpe(data.splits["train"].sentences(), args.vocab_size)
+    layers, hidden, heads = size_of(name)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1,
+        type_vocab_size=1,
         # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-        config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                               intermediate_size=4 * hidden, max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1,
-                               type_vocab_size=1, initializer_range=0.02 * math.sqrt(768 / hidden), num_labels=data.classes, **special)
-    else:
-        if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)):
-            raise common.InputError(f"{name} is not a folder: give a hub id, a folder of a saved model, or one of {', '.join(SIZES)}, LAYERSxHIDDEN")
-        try:
-            config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        except Exception as error:   # connection, missing files, unknown model type: one fix
-            raise common.InputError(f"model {name} could not be loaded ({' '.join(str(error).split())[:120]}): put config.json, model.safetensors and the "
-                                    f"tokenizer's files (for RoBERTa vocab.json and merges.txt) into a folder and give its path, or use one of {', '.join(SIZES)}") from None
-        if any("SequenceClassification" in a for a in config.architectures or ()) and config.num_labels != data.classes:
-            raise common.InputError(f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}: give its base model, whose head is new")
-        words = list(dict.fromkeys(data.splits["train"].first[:200]))
-        unknown = [text for text in words if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer(text)["input_ids"]]
-        if len(tokenizer) < 50 or len(unknown) > 0.9 * len(words):   # transformers makes up an empty one where the files are missing
-            raise common.InputError(f"{name} has no usable tokenizer: put the model's own there (vocab.txt, vocab.json and merges.txt, or tokenizer.json)")
-        if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size or config.pad_token_id not in (None, tokenizer.pad_token_id):
-            raise common.InputError(f"the tokenizer in {name} ({len(tokenizer)} tokens, padding {tokenizer.pad_token_id}) is of another family than its model "
-                                    f"({config.vocab_size} tokens, padding {config.pad_token_id}): put the model's own tokenizer there")
+        initializer_range=0.02 * math.sqrt(768 / hidden),
+        num_labels=data.classes,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return config, tokenizer
+
+
+def saved_model(name, data, args):
+    """(config, tokenizer) of a hub id or local folder, checked against each other and against the task."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with runs.reading(f"model {name}", MODEL_FIX):
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        check_tokenizer(name, config, tokenizer, data.splits["train"].first)
+        classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
+        if classifies and config.num_labels != data.classes:
+            what = f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}"
+            raise InputError(f"{what}: give its base model, whose head is new")
         config.num_labels = data.classes
         # RoBERTa's family numbers positions from the padding token on, so the first ones are unused.
         unused = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        positions = getattr(config, "max_position_embeddings", args.max_length) - unused
+        positions = getattr(config, "max_position_embeddings", args.max_length + unused) - unused
         if args.max_length > positions:
-            raise common.InputError(f"--max-length {args.max_length} is more than the {positions} positions of {name}: give at most {positions}")
-    tokens = {key: encode(tokenizer, split.first, split.second, args.max_length, args.device) for key, split in data.splits.items()}
-    if max(int(part.ids.max()) for part in tokens.values()) >= config.vocab_size:
-        raise common.InputError(f"the tokenizer in {name} gives token numbers beyond the {config.vocab_size} of its model: put the model's own tokenizer there")
-    cut = float((tokens["train"].lengths >= args.max_length).double().mean())
-    if cut > 0.01:
-        print(f"{name}: {100 * cut:.1f}% of the training texts reach --max-length {args.max_length} and may be truncated")
-    digest = hashlib.sha256(b"".join(t.ids.cpu().numpy().tobytes() for t in tokens.values())).hexdigest()
-    facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size, heads=config.num_attention_heads,
-                 vocabulary=config.vocab_size, max_length=args.max_length, at_max_length=cut, tokens_sha256=digest)
-    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("tokens_sha256", "at_max_length")))
-    return Model(name, config, tokenizer, tokens, facts)
+            what = f"--max-length {args.max_length} is more than the {positions} positions of {name}"
+            raise InputError(f"{what}: give at most {positions}")
+        return config, tokenizer
+
+
+def check_tokenizer(name, config, tokenizer, texts):
+    """InputError when a tokenizer is not the one that the model was trained with."""
+    sample, unk = list(dict.fromkeys(texts[:200])), tokenizer.unk_token_id
+    unknown = sum(unk is not None and unk in ids for ids in tokenizer(sample)["input_ids"])
+    if len(tokenizer) < 50 or unknown > 0.9 * len(
+        sample
+    ):  # where files are missing, transformers makes up an empty one
+        files = "vocab.txt, vocab.json and merges.txt, or tokenizer.json"
+        raise InputError(f"{name} has no usable tokenizer: put the model's own there ({files})")
+    # A number beyond the vocabulary would read past the embedding's end.
+    beyond = max(tokenizer.get_vocab().values()) >= config.vocab_size
+    if tokenizer.pad_token_id is None or beyond or config.pad_token_id not in (None, tokenizer.pad_token_id):
+        has = f"({len(tokenizer)} tokens, padding {tokenizer.pad_token_id})"
+        of = f"is of another family than its model ({config.vocab_size} tokens, padding {config.pad_token_id})"
+        raise InputError(f"the tokenizer in {name} {has} {of}: put the model's own tokenizer there")
 
 
 def build_classifier(model, key, pretrained=None):
@@ -439,27 +538,30 @@ def build_classifier(model, key, pretrained=None):
     pretrained: state dict of a masked-language model of the same size, whose encoder is taken.
     """
     from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", *key))
-        if not model.scratch:
-            try:
-                network, info = AutoModelForSequenceClassification.from_pretrained(model.name, config=model.config, output_loading_info=True)
-            except Exception as error:   # missing weights, shapes that do not fit, no classifier of this type
-                raise common.InputError(f"model {model.name} cannot be loaded as a classifier ({' '.join(str(error).split())[:160]}): check its files") from None
-            encoder = {name for name in network.base_model.state_dict() if "pooler" not in name}   # the head, and BERT's pooler, may be new
-            lost = sorted(name for name in info["missing_keys"] if name.removeprefix(network.base_model_prefix + ".") in encoder)
+        if model.scratch:
+            network = RobertaForSequenceClassification(model.config)
+        else:
+            options = dict(config=model.config, output_loading_info=True)
+            with runs.reading(f"model {model.name}", "check its weights and its config.json"):
+                network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
+            # The head, and BERT's pooler, may be new.
+            encoder = {name for name in network.base_model.state_dict() if "pooler" not in name}
+            prefix = network.base_model_prefix + "."
+            lost = sorted(name for name in info["missing_keys"] if name.removeprefix(prefix) in encoder)
             if lost:
-                raise common.InputError(f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more: its config.json and its weights "
-                                        "do not belong together")
-            return network.float().train()
-        network = RobertaForSequenceClassification(model.config)
+                what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
+                raise InputError(f"{what}: its config.json and its weights do not belong together")
+            network = network.float()
     if pretrained:
-        encoder = {name.removeprefix("roberta."): value for name, value in pretrained.items() if name.startswith("roberta.")}
-        network.roberta.load_state_dict(encoder)
+        inside = [name for name in pretrained if name.startswith("roberta.")]
+        network.roberta.load_state_dict({name.removeprefix("roberta."): pretrained[name] for name in inside})
     return network.train()
 
 
-# ---------------------------------------------------------------- training engine
+# ---------------------------------------------------------------- losses and training
 
 
 def learning_rate(step, peak, warmup, total):
@@ -468,115 +570,45 @@ def learning_rate(step, peak, warmup, total):
     return peak * min((step + 1) / (rise + 1), (total - step) / (total - rise))
 
 
-def fit(run, network, tokens, args, key, epochs, peak, loss_at, evaluate, snapshots=(), start_from=None):
-    """Train `network` in the run folder `run`, from its checkpoint if it has one; returns the metrics of every epoch.
+def run_flags(args, model, lr, epochs, **more):
+    """The flags that a run depends on, as `runs.start_run` compares them."""
+    names = (
+        "task data_dir subset data_seed max_length batch_size warmup weight_decay precision device seeds out overwrite"
+    )
+    kept = {name: getattr(args, name) for name in (*names.split(), "quiet")}
+    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept, **more)
 
-    loss_at(step, index, forward) -> (scalar loss, number of correct texts or None, dict for the log); evaluate() -> dict.
-    Orders follow `key`. snapshots: steps before which the state is kept as snapshot-<step>.pt; start_from: a checkpoint
-    to begin with when the run folder has none. SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends in
-    the same weights, bit for bit.
+
+def train_texts(run, network, tokens, flags, key, loss_of, evaluate=dict, weights_at=engine.one_hot, **more):
+    """Train `network` with AdamW on `tokens` in the run folder `run`; orders and dropout follow `key`.
+
+    loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
     """
-    device, n = torch.device(args.device), len(tokens.lengths)
-    per_epoch = math.ceil(n / args.batch_size)
-    total = per_epoch * epochs
-    network = network.to(device)
-    forward = torch.compile(network, dynamic=True) if args.compile else network
-    decayed = [p for p in network.parameters() if p.ndim > 1]   # not biases and layer norms, as BERT does
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=[p for p in network.parameters() if p.ndim < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.98), eps=1e-6, fused=True)   # betas, eps: Liu et al. 2019
+    per_epoch = math.ceil(len(tokens.lengths) / flags.batch_size)
+    total, real = per_epoch * flags.epochs, int(tokens.lengths.sum())
+    groups = [  # biases and layer norms do not decay, as in BERT
+        dict(params=[p for p in network.parameters() if p.ndim > 1], weight_decay=flags.weight_decay),
+        dict(params=[p for p in network.parameters() if p.ndim < 2], weight_decay=0.0),
+    ]
+    optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
     torch.manual_seed(common.stream_seed("dropout", *key))
-    step, history, spent = 0, [], 0.0
-    loss_sum, correct = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.long, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=flags.device)
+    padding = dict(padding_share_to_max=1 - real / (len(tokens.lengths) * flags.max_length))
 
-    def save(path):
-        common.save_state(path, network, optimizer, step=step, history=history, loss_sum=loss_sum, correct=correct,
-                          spent=spent + time.perf_counter() - started)
+    def batches(epoch):
+        plan = length_batches(tokens.lengths, flags.batch_size, *key, epoch)
+        padding["padding_share"] = 1 - real / sum(len(index) * int(tokens.lengths[index].max()) for index in plan)
+        return list(enumerate(plan, epoch * per_epoch))
 
-    checkpoint = run / "checkpoint.pt"
-    source = checkpoint if checkpoint.exists() else start_from
-    if source is not None:
-        step, history, spent, loss_sum, correct = common.restore_state(source, network, optimizer, per_epoch, total, device)
-        if source == checkpoint and step < total and not args.quiet:
-            print(f"{run}: continuing at step {step} of {total}")
+    def lr_at(step):
+        return learning_rate(step, flags.lr, flags.warmup, total)
 
-    bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=True if args.quiet else None)
-    with bar, common.interruptible() as stop:
-        for epoch in range(step // per_epoch, epochs):
-            plan = batches(tokens.lengths, args.batch_size, *key, epoch)
-            padded = sum(len(index) * int(tokens.lengths[index].max()) for index in plan)
-            real = int(tokens.lengths.sum())
-            network.train()
-            started = time.perf_counter()
-            for index in plan[step % per_epoch:]:
-                lr = learning_rate(step, peak, args.warmup, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                if step in snapshots:   # with this step's learning rate, also where the run was continued just here
-                    save(run / f"snapshot-{step}.pt")
-                loss, hits, logged = loss_at(step, index, forward)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimizer.step()
-                loss_sum += loss.detach() * len(index)
-                if hits is not None:
-                    correct += hits
-                step += 1
-                bar.update()
-                if stop:
-                    break
-            # Weights too: the loss of a step is older than what the step did to them.
-            if not torch.isfinite(torch.stack([loss_sum, *(p.detach().double().sum() for p in network.parameters())])).all():
-                raise common.InputError(f"the loss or the weights became NaN or infinite in epoch {epoch + 1} of {run}: lower --lr (now {peak:g}) "
-                                        "or lengthen --warmup; the last checkpoint is kept")
-            if step % per_epoch == 0:
-                seconds = spent + time.perf_counter() - started
-                line = dict(epoch=epoch + 1, step=step, lr=lr, **logged, train_loss=loss_sum.item() / n, seconds=round(seconds, 3),
-                            tokens_per_s=round(real / seconds), padding_share=1 - real / padded, padding_share_to_max=1 - real / (n * args.max_length))
-                if hits is not None:
-                    line["train_acc"] = correct.item() / n
-                line |= evaluate()
-                history.append(line)
-                loss_sum, correct, spent = torch.zeros_like(loss_sum), torch.zeros_like(correct), 0.0
-                started = time.perf_counter()
-                common.write_metrics(run, history)
-                if not args.quiet:
-                    bar.write("  ".join([f"epoch {epoch + 1:3d}/{epochs}", f"train {line['train_loss']:.3f}", f"{line['seconds']:.1f} s"]
-                                        + [f"{name} {value:.4g}" for name, value in line.items() if name.startswith("test_")]))
-            if stop or step == total or (epoch + 1) % args.save_every == 0:
-                save(checkpoint)
-            if stop:
-                print(f"{run}: saved at step {step} of {total}")
-                common.exit_interrupted()
-    common.write_metrics(run, history)
-    return history
+    def line():
+        return padding | evaluate()
 
-
-@torch.no_grad()
-def logits_of(network, tokens, batch=256):
-    """float32 logits [N, classes] of all texts in their order, in eval mode and full precision."""
-    training = network.training
-    network.eval()
-    order = tokens.lengths.argsort(stable=True)
-    logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
-    network.train(training)
-    return logits[order.argsort().to(logits.device)]
-
-
-def scores(logits, labels):
-    """Accuracy, Matthews correlation and F1 (of class 1; macro for more classes) as shares, and mean log-loss, of logits [N, C]."""
-    from sklearn.metrics import f1_score, matthews_corrcoef
-    predicted, labels = logits.argmax(1).cpu().numpy(), np.asarray(labels)
-    return dict(acc=float((predicted == labels).mean()), mcc=float(matthews_corrcoef(labels, predicted)),
-                f1=float(f1_score(labels, predicted, average="binary" if logits.shape[1] == 2 else "macro", zero_division=0)),
-                loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item())
-
-
-def run_flags(args, arch, **more):
-    """The flags that a run depends on, as `common.start_run` compares them."""
-    names = ("task", "data_dir", "subset", "data_seed", "max_length", "batch_size", "warmup", "weight_decay", "precision", "device",
-             "seeds", "out", "overwrite", "quiet", "save_every")
-    return argparse.Namespace(arch=arch, **{name: getattr(args, name) for name in names}, **more)
+    steps, more["amount"] = (per_epoch, total), ("tokens", real)
+    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
+    engine.train(run, flags, network, optimizer, steps, batches, take_step, sums, lr_at, weights_at, line, **more)
 
 
 def mask_tokens(ids, special, mask_id, vocabulary, *key):
@@ -590,334 +622,413 @@ def mask_tokens(ids, special, mask_id, vocabulary, *key):
 
 
 def masked_loss(encoder, head, inputs, chosen, targets):
-    """Mean cross-entropy of the chosen tokens [B, L]. The head sees these alone: a seventh of the library's own work."""
+    """(mean cross-entropy, hits) of the chosen tokens [B, L]. The head sees no others, a seventh of the work."""
     logits = head(encoder(**inputs).last_hidden_state[chosen])
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+    return loss, (logits.detach().argmax(1) == targets).sum()
 
 
 def pretrain(run, model, args, seed, data):
-    """Masked-language modelling of the training sentences (or --mlm-text); returns the weights, or None without it.
+    """Masked-language modelling of the training sentences (or --mlm-text); returns the weights.
 
     The masks are drawn afresh in every step (dynamic masking, Liu et al. 2019, §4.1).
     """
-    if not model.scratch or not args.mlm_epochs:
-        return None
     from transformers import RobertaForMaskedLM
-    sentences = data.splits["train"].first + (data.splits["train"].second or [])
+
+    sentences = data.splits["train"].sentences()
     if args.mlm_text:
-        try:
-            sentences = [line for line in Path(args.mlm_text).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise common.InputError(f"--mlm-text {args.mlm_text} cannot be read as UTF-8 text ({error}): give a file with one sentence per line") from None
+        with runs.reading(f"--mlm-text {args.mlm_text}", "give a UTF-8 file with one sentence per line"):
+            lines = Path(args.mlm_text).read_text(encoding="utf-8").splitlines()
+        sentences = [line for line in lines if line.strip()]
         if not sentences:
-            raise common.InputError(f"--mlm-text {args.mlm_text} is empty: give a file with one sentence per line")
+            raise InputError(f"--mlm-text {args.mlm_text} is empty: give a file with one sentence per line")
     tokens = encode(model.tokenizer, sentences, None, args.max_length, args.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
-        network = RobertaForMaskedLM(model.config)
-    texts_sha256 = hashlib.sha256(tokens.ids.cpu().numpy().tobytes()).hexdigest()
-    lr = args.mlm_lr or 2 * model.lr
-    with common.locked(run):
-        return train_masked(run, network, model, args, seed, data, tokens, lr, texts_sha256)
-
-
-def train_masked(run, network, model, args, seed, data, tokens, lr, texts_sha256):
-    """Train `network` on `tokens` as `pretrain` says; returns its state dict."""
-    common.start_run(run, run_flags(args, model.name, epochs=args.mlm_epochs, lr=lr), "mlm", seed, data, network, texts_sha256=texts_sha256, **model.facts)
+        network = RobertaForMaskedLM(model.config).to(args.device)
     encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
+    mask, vocabulary = model.tokenizer.mask_token_id, len(model.tokenizer)
 
-    def loss_at(step, index, forward):
+    def loss_of(batch, ce_weight, kd_weight):
+        step, index = batch
         inputs = tokens.batch(index)
         ids = inputs["input_ids"].cpu()
-        corrupted, chosen = mask_tokens(ids, special, model.tokenizer.mask_token_id, len(model.tokenizer), seed, step)
-        inputs["input_ids"] = corrupted.to(args.device)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-            return masked_loss(encoder, network.lm_head, inputs, chosen.to(args.device), ids[chosen].to(args.device)), None, {}
+        corrupted, chosen = mask_tokens(ids, special, mask, vocabulary, seed, step)
+        inputs["input_ids"], targets = corrupted.to(args.device), ids[chosen].to(args.device)
+        with engine.autocast(args.device, args.precision):
+            loss, hits = masked_loss(encoder, network.lm_head, inputs, chosen.to(args.device), targets)
+        return loss, hits, max(1, len(targets))
 
-    finished = (run / "checkpoint.pt").exists() and (run / "metrics.jsonl").exists() and common.read_metrics(run)[-1]["epoch"] == args.mlm_epochs
-    history = fit(run, network, tokens, args, ("mlm", seed), args.mlm_epochs, lr, loss_at, dict)
-    if not finished:
-        print(f"{run}: masked-token loss {history[0]['train_loss']:.2f} in the first epoch, {history[-1]['train_loss']:.2f} in the last")
+    flags = run_flags(args, model, args.mlm_lr or 2 * model.lr, args.mlm_epochs)
+    with runs.locked(run):
+        runs.start_run(run, flags, "mlm", seed, data, network, texts_sha256=tokens.sha256(), **model.facts)
+        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of)
     return network.state_dict()
 
 
-def train_classifier(run, model, args, role, seed, data, pretrained, teacher=None, weights=(1.0, 0.0), switch=None, snapshots=(), start_from=None):
-    """Train a teacher or student in the run folder `run`, and leave logits.npz there; nothing happens when it is finished.
+def train_classifier(run, model, args, role, seed, data, pretrained, teacher=None, switch=None, **more):
+    """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
 
-    teacher: (logits [n_train, C] of the training texts, their sha256), or None for one-hot training; weights: (ce_weight,
-    kd_weight); switch: (direction, step of the switch) replaces them by those of `switch_distill.switched_weights`.
+    teacher: (logits [n_train, C] of the training texts, their sha256), or None for one-hot training; switch:
+    (direction, its step), or None for the same losses throughout; more: snapshots, start_from of `engine.train`.
     """
-    network = build_classifier(model, (role, seed), pretrained)
-    epochs, lr = args.epochs or model.epochs, args.lr or model.lr
-    ends = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
-    facts = dict(model.facts, initial_sha256=common.weights_hash(network), teacher_sha256=teacher[1] if teacher else None)
-    weights_at = lambda step: weights
-    if switch:
-        direction, at = switch
-        weights_at = switch_distill.switched_weights(*(ends[name] for name in switch_distill.SWITCHES[direction]), at, args.window)
-        facts |= dict(switch=dict(direction=direction, step=at, window=args.window))
-    flags = run_flags(args, model.name, epochs=epochs, lr=lr, ce_weight=weights[0], kd_weight=weights[1], temperature=args.temperature if teacher else None)
-    if not common.start_run(run, flags, role, seed, data, network, **facts):
-        return
-    labels = torch.as_tensor(data.splits["train"].labels).to(args.device)
+    network = build_classifier(model, (role, seed), pretrained).to(args.device)
+    forward = torch.compile(network, dynamic=True) if args.compile else network
+    tokens, train = model.tokens["train"], data.splits["train"]
+    labels = torch.as_tensor(train.labels).to(args.device)
     cached = torch.as_tensor(teacher[0]).to(args.device) if teacher else None
+    weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
+    of_run = weights["kd" if teacher else "onehot"]
 
-    def loss_at(step, index, forward):
-        ce_weight, kd_weight = weights_at(step)
+    def loss_of(batch, ce_weight, kd_weight):
+        _, index = batch
         where = index.to(args.device)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-            logits = forward(**model.tokens["train"].batch(index)).logits
+        with engine.autocast(args.device, args.precision):
+            logits = forward(**tokens.batch(index)).logits
         logits = logits.float()
         ce = F.cross_entropy(logits, labels[where]) if ce_weight else 0.0
         kd = common.kd_loss(logits, cached[where], args.temperature) if kd_weight else 0.0
-        loss = ce_weight * ce + kd_weight * kd
-        return loss, (logits.detach().argmax(1) == labels[where]).sum(), dict(ce_weight=ce_weight, kd_weight=kd_weight)
+        return ce_weight * ce + kd_weight * kd, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
+
+    def weights_at(step):
+        return of_run
 
     def evaluate():
         line = {}
         for key in [key for key in data.splits if key != "train"]:
-            line |= {f"{key}_{name}": value for name, value in scores(logits_of(network, model.tokens[key]), data.splits[key].labels).items()}
+            found = scores(logits_of(network, model.tokens[key]), data.splits[key].labels)
+            line |= {f"{key}_{name}": value for name, value in found.items()}
         return line
 
-    history = fit(run, network, model.tokens["train"], args, (role, seed), epochs, lr, loss_at, evaluate, snapshots, start_from)
-    clean = data.splits["train"].labels if data.splits["train"].probability is None else data.splits["train"].probability.argmax(1)
-    arrays = dict(train_labels=data.splits["train"].labels, train_clean_labels=clean, train_index=data.index)
+    facts = dict(initial_sha256=engine.weights_hash(network.state_dict()))
+    facts["teacher_sha256"] = teacher[1] if teacher else None
+    if switch:
+        before, after = SWITCHES[switch[0]]
+        weights_at = switch_distill.switched_weights(weights[before], weights[after], switch[1], args.window)
+        facts["switch"] = dict(direction=switch[0], step=switch[1], window=args.window)
+    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs)
+    flags.ce_weight, flags.kd_weight = of_run
+    flags.temperature = args.temperature if teacher else None  # one control serves all temperatures
+    with runs.locked(run):
+        if runs.start_run(run, flags, role, seed, data, network, **model.facts, **facts):
+            train_texts(run, network, tokens, flags, (role, seed), loss_of, evaluate, weights_at, **more)
+            save_logits(run, network, model, data)
+
+
+@torch.no_grad()
+def logits_of(network, tokens, batch=256):
+    """float32 logits [N, classes] of all texts in their order, in eval mode and full precision."""
+    training = network.training
+    network.eval()
+    order = tokens.lengths.argsort(stable=True)
+    logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
+    network.train(training)
+    return logits[order.argsort().to(logits.device)]
+
+
+def save_logits(run, network, model, data):
+    """logits.npz as of images (see `engine.save_logits`), for every split; clean labels are the more probable ones."""
+    train = data.splits["train"]
+    clean = train.labels if train.probability is None else train.probability.argmax(1)
+    arrays = dict(train_labels=train.labels, train_clean_labels=clean, train_index=data.index)
     for key, split in data.splits.items():
         arrays |= {f"{key}_logits": logits_of(network, model.tokens[key]).cpu().numpy(), f"{key}_labels": split.labels}
         if split.probability is not None:
             arrays[f"{key}_probability"] = split.probability
-    common.write_atomic(run / "logits.npz", lambda file: np.savez(file, **arrays))
-    print(f"{run}: test " + ", ".join(f"{name} {100 * history[-1][f'test_{name}']:.2f}" for name in METRICS.get(data.facts["name"], ("acc",)))
-          + f", train acc {100 * history[-1]['train_acc']:.2f}, {sum(line['seconds'] for line in history):.0f} s")
+    runs.write_npz(run / "logits.npz", arrays)
+
+
+def scores(logits, labels):
+    """Accuracy, Matthews correlation and F1 (of class 1; macro for more classes) as shares, and mean log-loss, of
+    logits [N, C]."""
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    predicted, labels = logits.argmax(1).cpu().numpy(), np.asarray(labels)
+    average = "binary" if logits.shape[1] == 2 else "macro"
+    return dict(
+        acc=float((predicted == labels).mean()),
+        mcc=float(matthews_corrcoef(labels, predicted)),
+        f1=float(f1_score(labels, predicted, average=average, zero_division=0)),
+        loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item(),
+    )
 
 
 def teacher_logits(run, data):
     """(float32 logits [n_train, C], sha256) of a finished teacher run, checked against `data`."""
-    config = common.finished_config(run)
-    if config["data"].get("sha256") != data.facts["sha256"]:
-        raise common.InputError(f"teacher {run} was trained on other texts than --task {data.facts['name']} gives here: use the same --task, --subset, "
-                                "--data-seed and files")
-    logits = common.read_npz(Path(run) / "logits.npz", ("train_logits",))["train_logits"]
-    if logits.shape != (data.facts["n_train"], data.classes) or logits.dtype != np.float32 or not np.isfinite(logits).all():
-        raise common.InputError(f"{run}/logits.npz has train_logits {logits.dtype} {list(logits.shape)} or values that are not finite: train it again with --overwrite")
+    if runs.finished_config(run)["data"].get("sha256") != data.facts["sha256"]:
+        what = f"teacher {run} was trained on other texts than --task {data.facts['name']} gives here"
+        raise InputError(f"{what}: use the same --task, --subset, --data-seed and files")
+    logits = runs.read_npz(Path(run) / "logits.npz", ("train_logits",))["train_logits"]
+    fits = logits.shape == (data.facts["n_train"], data.classes) and logits.dtype == np.float32
+    if not fits or not np.isfinite(logits).all():
+        what = f"{run}/logits.npz has train_logits {logits.dtype} {list(logits.shape)} or values that are not finite"
+        raise InputError(f"{what}: train it again with --overwrite")
     return logits, hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- all networks of a seed
+
+
+def run_folders(args, base, seed, models):
+    """{what: run folder} of one seed; what: "<model> mlm", "teacher", "<student> <mode>" (with a switch's share)."""
+    teacher = Path(args.teacher_run or args.teacher).name
+
+    def folder(*words):
+        return Path("-".join([base, *words, f"s{seed}"]))
+
+    masked = [name for name, model in models.items() if model.scratch and args.mlm_epochs]
+    folders = {f"{name} mlm": folder(Path(name).name, "mlm") for name in masked}
+    given = Path((args.teacher_run or "").replace("{seed}", str(seed)))
+    folders["teacher"] = given if args.teacher_run else folder(teacher, "teacher")
+    window = f"-w{args.window}" if args.window else ""
+    for student in args.student:
+        short = Path(student).name
+        pair = (teacher.replace("{seed}", ""), short)
+        for mode in args.mode:
+            if mode in SWITCHES:
+                for s in args.switch_at:
+                    folders[f"{student} {mode} {s:g}"] = folder(*pair, f"{mode}-{s:g}{window}")
+            else:
+                folders[f"{student} {mode}"] = folder(short, mode) if mode == "onehot" else folder(*pair, mode)
+    return folders
+
+
+def train_seed(args, seed, data, models, folders):
+    """Train all networks of one seed, where they are not finished: pretraining, teacher, each student in every mode."""
+    masked = [name for name in models if f"{name} mlm" in folders]
+    pretrained = {name: pretrain(folders[f"{name} mlm"], models[name], args, seed, data) for name in masked}
+
+    def train(what, name, role="student", **more):
+        train_classifier(folders[what], models[name], args, role, seed, data, pretrained.get(name), **more)
+
+    if not args.teacher_run:
+        train("teacher", args.teacher, "teacher")
+    teacher = teacher_logits(folders["teacher"], data)
+    directions = [mode for mode in args.mode if mode in SWITCHES]
+    for student in args.student:
+        total = math.ceil(data.facts["n_train"] / args.batch_size) * (args.epochs or models[student].epochs)
+        steps = {s: round(s * total) for s in args.switch_at}
+        kept = set(steps.values()) if directions else ()
+        if "onehot" in args.mode:
+            train(f"{student} onehot", student, snapshots=kept)
+        if "kd" in args.mode:
+            train(f"{student} kd", student, teacher=teacher, snapshots=kept)
+        for direction in directions:
+            trunk = folders.get(f"{student} {SWITCHES[direction][0]}")
+            for s, step in steps.items():
+                # From the state that the unswitched run had at the switch: half the time, and on a CPU the same
+                # weights. Where that run is not among the modes, from the start.
+                start = trunk and switch_distill.latest_snapshot(trunk, step)
+                more = dict(switch=(direction, step), start_from=start)
+                train(f"{student} {direction} {s:g}", student, teacher=teacher, **more)
 
 
 # ---------------------------------------------------------------- report
 
 
 def metric_rows(named, data):
-    """One row per trained network: the task's metrics with Student's t interval over seeds, speed and padding.
+    """One row per trained network: the task's metrics of each seed, and means over seeds of speed and padding.
 
     named: {what: [run folder per seed]}.
     """
+    metrics = [
+        f"{split}_{name}" for split in data.splits if split != "train" for name in metrics_of(data.facts["name"])
+    ]
     rows = []
-    for what, runs in named.items():
-        lines = [common.last_metrics(run) for run in runs]
-        row = dict(network=what, runs=[str(run) for run in runs], parameters=common.read_config(runs[0]).get("parameters", 0))
-        metrics = [f"{split}_{name}" for split in data.splits if split != "train" for name in METRICS.get(data.facts["name"], ("acc",))]
-        means = ("train_acc", "tokens_per_s", "padding_share", "padding_share_to_max")
-        lacking = [(run, name) for run, line in zip(runs, lines) for name in (*metrics, *means) if name not in line]
-        if lacking:
-            raise common.InputError(f"{lacking[0][0]}/metrics.jsonl ends without a {lacking[0][1]}: train that run again with --overwrite")
-        row |= {name: [line[name] for line in lines] for name in metrics} | {name: float(np.mean([line[name] for line in lines])) for name in means}
+    for what, folders in named.items():
+        row = dict(network=what, runs=[str(run) for run in folders])
+        row["parameters"] = runs.read_config(folders[0]).get("parameters", 0)
+        lines = [runs.last_metrics(run) for run in folders]
+        with runs.reading(f"metrics.jsonl of {' or '.join(row['runs'])}", "train that run again with --overwrite"):
+            row |= {name: [line[name] for line in lines] for name in metrics}
+            for name in ("train_acc", "tokens_per_s", "padding_share", "padding_share_to_max"):
+                row[name] = float(np.mean([line[name] for line in lines]))
         rows.append(row)
     return rows
 
 
 def metrics_markdown(rows):
-    """The rows of `metric_rows` as a Markdown table, in percent."""
+    """The rows of `metric_rows` as a Markdown table, in percent, with Student's t intervals over seeds."""
     names = [name for name in rows[0] if name.startswith(("test_", "mismatched_"))]
-    text = f"| network | parameters | {' | '.join(name.replace('_', ' ') + ' %' for name in names)} | train acc % | tokens/s | padding % | padding % to max length |\n"
-    text += "|---" * (len(names) + 6) + "|\n"
+    headers = ["network", "parameters", *(f"{name.replace('_', ' ')} %" for name in names), "train acc %"]
+    lines = []
     for row in rows:
         cells = []
         for name in names:
-            mean, low, high = common.mean_interval(row[name])
-            cells.append(f"{100 * mean:.2f}" + (f" [{100 * low:.2f}, {100 * high:.2f}]" if len(row[name]) > 1 else ""))
-        text += (f"| {row['network']} | {row['parameters']:,} | {' | '.join(cells)} | {100 * row['train_acc']:.2f} | {row['tokens_per_s']:.0f} | "
-                 f"{100 * row['padding_share']:.1f} | {100 * row['padding_share_to_max']:.1f} |\n")
-    return text
-
-
-def deviations_markdown(tables):
-    """Slope and low quarter of each student beside its control as Markdown. tables: {student: tables of deviation.json}."""
-    text = "| student | split | slope | control's | low quarter below y = x | control's | low gap minus control's |\n" + "|---" * 7 + "|\n"
-    for student, splits in tables.items():
-        for split, table in splits.items():
-            of = table["predicted"]
-            cells = [of[network][key] for key in ("slope", "low_below") for network in ("student", "control")] + [of["student-control"]["low_gap"]]
-            text += f"| {student} | {split} | " + " | ".join(map(common.cell, cells)) + " |\n"
-    return text
+            interval = dict(zip(("value", "low", "high"), claims.mean_interval(row[name]), strict=True))
+            cells.append(claims.cell(interval, 100, 2))
+        shares = [f"{100 * row[name]:.1f}" for name in ("padding_share", "padding_share_to_max")]
+        cells += [f"{100 * row['train_acc']:.2f}", f"{row['tokens_per_s']:.0f}", *shares]
+        lines.append([row["network"], f"{row['parameters']:,}", *cells])
+    return claims.markdown_table([*headers, "tokens/s", "padding %", "padding % to max length"], lines)
 
 
 def glue_claims(rows, data):
-    """Claims in the task's own metric, where that is not accuracy, and for the embedded task against the Bayes accuracy."""
-    claims, by_name = [], {row["network"]: row for row in rows}
-    if "bayes_accuracy" in data.facts:
-        value, low, high = common.mean_interval([acc / data.facts["bayes_accuracy"] for acc in by_name["teacher"]["test_acc"]])
-        claims.append(common.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", value, low, high, 0.9,
-                                   note=f"Bayes accuracy {100 * data.facts['bayes_accuracy']:.2f}% on the test texts"))
-    metric = METRICS.get(data.facts["name"], ("acc",))[-1]
-    for name in [name for name in by_name if name.endswith(" kd") and metric != "acc" and f"{name[:-3]} onehot" in by_name]:
-        gain = np.subtract(by_name[name][f"test_{metric}"], by_name[f"{name[:-3]} onehot"][f"test_{metric}"])
-        claims.append(common.claim(f"{name}: KD has the higher {metric.upper()} on the dev set", "> 0", *common.mean_interval(gain), 0, note="KD minus one-hot"))
-    return claims
+    """Claims in the task's own metric, where that is not accuracy; for the embedded task against the Bayes accuracy."""
+    found, by_name = [], {row["network"]: row for row in rows}
+    bayes = data.facts.get("bayes_accuracy")
+    if bayes:
+        interval = claims.mean_interval([accuracy / bayes for accuracy in by_name["teacher"]["test_acc"]])
+        note = f"Bayes accuracy {100 * bayes:.2f}% on the test texts"
+        text = "the teacher reaches 90% of the Bayes accuracy"
+        found.append(claims.claim(text, "> 0.9", *interval, 0.9, note=note))
+    metric = metrics_of(data.facts["name"])[-1]
+    for name in by_name:
+        control = f"{name.removesuffix(' kd')} onehot"
+        if metric != "acc" and name.endswith(" kd") and control in by_name:
+            gain = np.subtract(by_name[name][f"test_{metric}"], by_name[control][f"test_{metric}"])
+            text = f"{name}: KD has the higher {metric.upper()} on the dev set"
+            found.append(claims.claim(text, "> 0", *claims.mean_interval(gain), 0, note="KD minus one-hot"))
+    return found
+
+
+def report(folder, student, named, args, title):
+    """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with claims, into `folder`."""
+    onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
+    words = ["--teacher", *teachers, "--student", *kd, "--control", *onehot]
+    words += ["--bootstrap", args.bootstrap, "--title", title, "--out", folder]
+    analyze_deviation.main([str(word) for word in words])
+    trunks, folders = {}, {}
+    for k, seed in enumerate(args.seeds):
+        trunks[seed], folders[seed] = dict(onehot=onehot[k], kd=kd[k]), {}
+        for direction in [mode for mode in args.mode if mode in SWITCHES]:
+            before, after = SWITCHES[direction]
+            folders[seed] |= {(direction, 0): trunks[seed][after], (direction, 1): trunks[seed][before]}
+            folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
+    if set(args.mode) & set(SWITCHES):
+        given, over = dict(zip(args.seeds, teachers, strict=True)), claims.scope(len(args.seeds), len(set(teachers)))
+        rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap)
+        (folder / "switch").mkdir(exist_ok=True)
+        runs.write_json(folder / "switch" / "switch.json", dict(rows=rows))
+        runs.write_text(folder / "switch" / "switch.md", switch_distill.table_markdown(rows))
+        print(switch_distill.table_markdown(rows))
+        claims.save_claims(folder / "switch", switch_distill.switch_claims(rows), over)
+        switch_distill.plot_switches(rows, folder / "switch", title)
+        switch_distill.plot_curves(folders, trunks, args.seeds, folder / "switch", title)
+
+
+# ---------------------------------------------------------------- main
+
+
+def add_flags(parser):
+    """The flags of texts, networks and training."""
+    add = parser.add_argument_group("texts").add_argument
+    add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
+    add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
+    add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
+    add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
+    add("--max-length", type=number(int, 8, 100_000), default=128, help="texts are truncated to that many tokens")
+    add("--vocab-size", type=number(int, 300, 1_000_000), default=8000, help="most tokens of a model from scratch")
+    add = parser.add_argument_group("networks and losses").add_argument
+    add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
+    add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
+    add("--teacher-run", help="run folder of a finished teacher instead of training one; {seed} stands for the seed")
+    add("--mode", nargs="+", choices=MODES, default=MODES, help="how students are trained")
+    share = number(float, 0, 1, open_high=True, open_low=True)
+    add("--switch-at", type=share, nargs="+", default=[0.5], help="shares of training before the switch")
+    add("--window", type=number(int, 0), default=0, help="steps in which the weights move to the new loss; 0: at once")
+    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
+    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
+    softens = "softens both teacher and student in the distillation term"
+    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
+    add = parser.add_argument_group("training").add_argument
+    rate = number(float, 0, 1e38, open_low=True)
+    add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling, from scratch alone")
+    add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
+    add("--mlm-lr", type=rate, help="its peak learning rate (default: twice the classifier's)")
+    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
+    add("--batch-size", type=number(int, 1), default=32, help="texts per step")
+    peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
+    add("--lr", type=rate, help=peak)
+    rise = number(float, 0, 1, open_high=True)
+    add("--warmup", type=rise, default=0.06, help="share of training with linear warm-up; then linear decay to 0")
+    add("--weight-decay", type=number(float, 0, 1e38), default=0.1, help="decoupled weight decay of the matrices")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
+    add("--compile", action="store_true", help="torch.compile the model (pays off for long runs on CUDA)")
+
+
+def add_run_flags(parser):
+    """Where, how often and how loudly."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="all is trained once for each seed")
+    add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
+    add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
+    add("--quiet", action="store_true", help="one line per run instead of one per epoch")
+    draws = number(int, 100, 1_000_000)
+    add("--bootstrap", type=draws, default=1000, help="bootstrap draws behind each interval")
+    add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
+    common.add_device_flag(parser)
+    common.add_process_flags(parser)
 
 
 def resolve(args):
     """Fill in what depends on the machine, and refuse what does not fit together; returns args."""
-    common.check_seeds(args.seeds)
+    runs.check_seeds(args.seeds)
     if not args.kd_weight and set(args.mode) != {"onehot"}:
-        raise common.InputError("--kd-weight 0 leaves nothing to distil: give it a weight above 0, or --mode onehot")
-    args.device = common.resolve_device(args.device)
+        raise InputError("--kd-weight 0 leaves nothing to distil: give it a weight above 0, or --mode onehot")
+    if "{seed}" in (args.out or ""):
+        raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
+    args.device = engine.use_device(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
-    for flag in ("student", "mode", "switch_at"):   # named twice is trained once
-        setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
+    args.student, args.switch_at = (list(dict.fromkeys(named)) for named in (args.student, args.switch_at))
+    args.mode = [mode for mode in MODES if mode in args.mode]
     names = list(dict.fromkeys([args.teacher, *args.student]))
     if len({Path(name).name for name in names}) < len(names):
-        raise common.InputError(f"two of {', '.join(names)} end alike, and their run folders are named by that: rename one folder")
-    if "{seed}" in (args.out or ""):
-        raise common.InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
+        what = f"two of {', '.join(names)} end alike, and their run folders are named by that"
+        raise InputError(f"{what}: rename one folder")
     return args
 
 
 def main(argv=None):
-    parser = common.Parser(__doc__)
-    add, number = parser.add_argument, common.number
-    add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
-    add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; what is missing comes through Hugging Face datasets")
-    add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
-    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset, of the embedded task and of a csv file's split")
-    add("--teacher", default="tiny", help=f"hub id or folder of a model, or a size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
-    add("--student", nargs="+", default=[], help="the same for the students (default: the teacher's; for tiny also 1x32)")
-    add("--teacher-run", help="run folder of a finished teacher instead of training one; {seed} in it stands for the seed")
-    add("--mode", nargs="+", choices=("onehot", "kd", *switch_distill.SWITCHES), default=["onehot", "kd", *switch_distill.SWITCHES], help="how students are trained")
-    add("--switch-at", type=number(float, 0, 1, True, True), nargs="+", default=[0.5], help="shares of training before the switch")
-    add("--window", type=number(int, 0), default=0, help="steps over which the weights move linearly to the new loss; 0 switches at once")
-    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
-    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help="softens both teacher and student in the distillation term")
-    add("--tokenizer", help="folder with vocab.json and merges.txt for models from scratch (default: a byte-level BPE of the training texts)")
-    add("--vocab-size", type=number(int, 300, 1_000_000), default=8000, help="largest vocabulary of that BPE")
-    add("--max-length", type=number(int, 8, 100_000), default=128, help="texts are truncated to that many tokens")
-    add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling before a model from scratch")
-    add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
-    add("--mlm-lr", type=number(float, 0, 1e38, open_low=True), help="its peak learning rate (default: twice the classifier's)")
-    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, 3 for a pretrained model)")
-    add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; 2e-5 for a pretrained model)")
-    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share of training with linear warm-up; then linear decay to 0")
-    add("--weight-decay", type=number(float, 0, 1e38), default=0.1, help="decoupled weight decay of the matrices")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, fp32 on CPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
-    add("--compile", action="store_true", help="torch.compile the model (pays off for long runs on CUDA)")
-    add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="everything is trained once for each seed")
-    add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, <out>-tiny-onehot-s0, … (default: runs/<task>)")
-    add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
-    add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints")
-    add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, help="bootstrap draws behind each interval")
-    add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
+    parser = runs.Parser(__doc__)
+    add_flags(parser)
+    add_run_flags(parser)
     args = resolve(parser.parse_args(argv))
     import transformers
-    transformers.utils.logging.set_verbosity_error()   # it warns of every new head, which is what is meant
+
+    transformers.utils.logging.set_verbosity_error()  # it warns of every new head, which is what is meant
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="huggingface_hub")   # between its own versions
+    warnings.filterwarnings("ignore", category=FutureWarning, module="huggingface_hub")  # between its own versions
 
     data = load_task(args.task, args.data_dir, args.subset, args.data_seed)
     task = Path(args.task.partition(":")[2] or args.task).stem
-    base, results = args.out or f"runs/{task}", Path(args.results or f"results/glue-{task}")
-    label = lambda name: Path(name).name
-    models = {name: prepare(name, data, args) for name in dict.fromkeys(([] if args.teacher_run else [args.teacher]) + args.student)}
-    total = math.ceil(data.facts["n_train"] / args.batch_size)
-    named = {}   # what: run folder of each seed
-    for seed in args.seeds if args.teacher_run else ():   # a wrong one is refused before anything is discarded
-        teacher_logits(args.teacher_run.replace("{seed}", str(seed)), data)
+    results = Path(args.results or f"results/glue-{task}")
+    names = [] if args.teacher_run else [args.teacher]
+    models = {name: prepare(name, data, args) for name in dict.fromkeys(names + args.student)}
+    seeds = engine.shard_of(args)
+    folders = {seed: run_folders(args, args.out or f"runs/{task}", seed, models) for seed in args.seeds}
+    trained = {
+        run for seed in seeds for what, run in folders[seed].items() if what != "teacher" or not args.teacher_run
+    }
+    given = {folders[seed]["teacher"] for seed in seeds if args.teacher_run}
+    for run in given:  # a wrong one is refused before anything is discarded
+        teacher_logits(run, data)
     results.mkdir(parents=True, exist_ok=True)
+    runs.discard_runs(args, sorted(trained), given)
 
-    for seed in args.seeds:
-        pretrained = {name: pretrain(Path(f"{base}-{label(name)}-mlm-s{seed}"), model, args, seed, data) for name, model in models.items()}
+    engine.run_jobs(args)
+    for seed in seeds:
+        train_seed(args, seed, data, models, folders[seed])
+    if args.shard != (0, 1):
+        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+        return
 
-        def train(what, run, name, role="student", **more):
-            named.setdefault(what, []).append(run)
-            if args.overwrite and args.teacher_run and os.path.realpath(run) == os.path.realpath(args.teacher_run.replace("{seed}", str(seed))):
-                raise common.InputError(f"--overwrite would discard the teacher {args.teacher_run} of this command: choose another --out")
-            with common.locked(run):
-                train_classifier(run, models[name], args, role, seed, data, pretrained[name], **more)
-            return run
-
-        if args.teacher_run:
-            named.setdefault("teacher", []).append(Path(args.teacher_run.replace("{seed}", str(seed))))
-        else:
-            train("teacher", Path(f"{base}-{label(args.teacher)}-teacher-s{seed}"), args.teacher, "teacher")
-        teacher = teacher_logits(named["teacher"][-1], data)
-        for student in args.student:
-            steps = {s: round(s * total * (args.epochs or models[student].epochs)) for s in args.switch_at}
-            kept = set(steps.values()) if set(args.mode) & set(switch_distill.SWITCHES) else set()
-            pair = f"{base}-{label(args.teacher_run or args.teacher)}-{label(student)}".replace("{seed}", "")
-            trunks = {}
-            if "onehot" in args.mode:
-                trunks["onehot"] = train(f"{student} onehot", Path(f"{base}-{label(student)}-onehot-s{seed}"), student, snapshots=kept)
-            if "kd" in args.mode:
-                trunks["kd"] = train(f"{student} kd", Path(f"{pair}-kd-s{seed}"), student, teacher=teacher,
-                                     weights=(args.ce_weight, args.kd_weight), snapshots=kept)
-            for direction in [mode for mode in args.mode if mode in switch_distill.SWITCHES]:
-                for s, step in steps.items():
-                    # From the state that the unswitched run had at the switch: half the time, and the same weights on a CPU.
-                    state = trunks.get(switch_distill.SWITCHES[direction][0], Path()) / f"snapshot-{step}.pt"
-                    window = f"-w{args.window}" if args.window else ""
-                    train(f"{student} {direction} {s:g}", Path(f"{pair}-{direction}-{s:g}{window}-s{seed}"), student, teacher=teacher,
-                          switch=(direction, step), start_from=state if state.exists() else None)
-
-    rows, tables = metric_rows(named, data), {}
+    named = {what: [folders[seed][what] for seed in seeds] for what in folders[seeds[0]] if not what.endswith(" mlm")}
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
             title = f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)"
-            tables[student] = report(results / label(student), student, named, args, title)
-    text = metrics_markdown(rows) + (f"\n{deviations_markdown(tables)}" if tables else "")
-    common.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
-    common.write_text(results / "glue.md", text)
-    print(text)
-    claims = glue_claims(rows, data)
-    if claims:
-        common.save_claims(results, claims)
-
-
-def report(folder, student, named, args, title):
-    """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with their claims, into `folder`.
-
-    Returns the tables of deviation.json.
-    """
-    onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
-    analyze_deviation.main(["--teacher", *map(str, teachers), "--student", *map(str, kd), "--control", *map(str, onehot),
-                            "--bootstrap", str(args.bootstrap), "--title", title, "--out", str(folder)])
-    tables = common.read_json(folder / "deviation.json")["tables"]
-    directions = [mode for mode in args.mode if mode in switch_distill.SWITCHES]
-    if not directions:
-        return tables
-    plt = common.pyplot()
-    trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in enumerate(args.seeds)}
-    folders = {}
-    for k, seed in enumerate(args.seeds):
-        folders[seed] = {}
-        for direction in directions:
-            before, after = switch_distill.SWITCHES[direction]
-            folders[seed] |= {(direction, 0): trunks[seed][after], (direction, 1): trunks[seed][before]}
-            folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
-    rows = switch_distill.switch_table(folders, trunks, dict(zip(args.seeds, teachers)), args.seeds, args.bootstrap)
-    (folder / "switch").mkdir(exist_ok=True)
-    common.write_json(folder / "switch" / "switch.json", dict(rows=rows))
-    common.write_text(folder / "switch" / "switch.md", switch_distill.table_markdown(rows))
-    print(switch_distill.table_markdown(rows))
-    common.save_claims(folder / "switch", switch_distill.switch_claims(rows), common.scope(len(args.seeds), len(set(teachers))))
-    switch_distill.plot_switches(plt, rows, folder / "switch", title)
-    switch_distill.plot_curves(plt, folders, trunks, args.seeds, folder / "switch", title)
-    return tables
+            report(results / Path(student).name, student, named, args, title)
+    rows = metric_rows(named, data)
+    runs.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
+    runs.write_text(results / "glue.md", metrics_markdown(rows))
+    print(metrics_markdown(rows))
+    found = glue_claims(rows, data)
+    if found:
+        claims.save_claims(results, found)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    runs.cli(main)
