@@ -1,0 +1,100 @@
+"""Intervals, verdicts and tables of claims.py."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.stats
+
+import claims
+import runs
+
+
+def test_seed_intervals_are_students_t():
+    values = [0.7, 0.72, 0.69, 0.75, 0.71]
+    mean, low, high = claims.mean_interval(values)
+    assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 4, np.mean(values), scipy.stats.sem(values)))
+    assert mean == pytest.approx(np.mean(values)) and claims.mean_interval([0.5])[1:] == (-np.inf, np.inf)
+
+
+def test_resampled_sums_are_those_of_plain_draws():
+    columns, rng = np.random.default_rng(0).normal(size=(30, 2)), np.random.default_rng(7)
+    sums = claims.resampled_sums(columns, 70, np.random.default_rng(7))  # more than one chunk
+    plain = [columns.sum(0)] + [columns[rng.integers(30, size=30)].sum(0) for _ in range(70)]
+    assert np.allclose(sums, plain)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("shared", [0.0, 0.9])  # share of the points' noise that all seeds have in common
+def test_intervals_cover_the_truth_over_points_and_over_seeds(count, shared):
+    rng, inside = np.random.default_rng(8), 0
+    for trial in range(200):
+        points = rng.normal(0, 1, 100)  # what is particular to these points, for all seeds
+        columns = []
+        for _ in range(count):
+            seed = 0.3 * rng.normal() * (count > 1) + shared**0.5 * points
+            columns.append(seed + (1 - shared) ** 0.5 * rng.normal(0, 1, 100))
+        draws = claims.resampled_sums(np.stack(columns, 1), 200, np.random.default_rng(trial)) / 100
+        interval = claims.combine(list(draws.T), np.random.default_rng([trial, 1]))
+        inside += interval["low"] <= 0 <= interval["high"]
+    assert inside >= 178  # 95% nominal: 190 of 200, standard deviation 3; wider is allowed
+
+
+def test_an_undefined_statistic_has_an_undefined_interval_and_valid_json(tmp_path):
+    interval = claims.combine([np.array([1.0, np.nan, 1.1])])
+    assert np.isnan(interval["low"]) and claims.verdict((interval["low"], interval["high"]), 0) == "unclear"
+    runs.write_json(tmp_path / "x.json", dict(interval, more=[float("inf"), 1.5]))
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: 1 / 0)
+    assert found == dict(value=1.0, low=None, high=None, seeds=[1.0], more=[None, 1.5])
+    assert claims.cell(found) == "1.000 [?, ?]"
+
+
+@pytest.mark.parametrize(
+    "interval, above, expected",
+    [
+        ((1.1, 1.3), True, "holds"),
+        ((0.8, 0.9), True, "fails"),
+        ((0.9, 1.1), True, "unclear"),
+        ((float("nan"), 2.0), True, "unclear"),
+        ((0.8, 0.9), False, "holds"),
+        ((1.1, 1.3), False, "fails"),
+        ((0.9, 1.1), False, "unclear"),
+    ],
+)
+def test_verdicts(interval, above, expected):
+    assert claims.verdict(interval, 1.0, above) == expected
+
+
+def test_results_are_shown_with_figures_and_claims(tmp_path, capsys):
+    folder = tmp_path / "digits" / "fig1a"
+    folder.mkdir(parents=True)
+    claims.save_claims(folder, [claims.claim("slope exceeds 1", "> 1", 1.2, 1.1, 1.3, 1, note="a")], "one seed")
+    (folder / "fig1a.png").write_bytes(b"")
+    assert runs.read_json(folder / "claims.json")[0]["note"] == "a; one seed"
+    capsys.readouterr()
+    claims.show_results(tmp_path)
+    shown = capsys.readouterr().out
+    row = "| digits/fig1a: slope exceeds 1 | > 1 | 1.200 | 1.100 to 1.300 | holds | a; one seed |"
+    assert row in shown and "figure: " in shown
+
+
+@pytest.mark.parametrize("content", ['[{"claim": 1}]', '{"a": []}', "[[]]", "[", '[{"claim": 1, "measured": "x"}]'])
+def test_a_file_that_is_no_table_of_claims_is_refused(content, tmp_path):
+    (tmp_path / "claims.json").write_text(content)
+    with pytest.raises(runs.InputError, match=r"claims\.json cannot be read"):
+        claims.show_results(tmp_path)
+
+
+def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
+    cells = [dict(value=0.5, low=0.4, high=0.6), dict(value=0.7, low=float("nan"), high=float("nan"))]
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        figure, axis = claims.pyplot().subplots(figsize=(2, 1))
+        claims.band(axis, [0, 1], cells, 100, label="x")
+        assert np.allclose(axis.lines[0].get_ydata(), [50, 70])
+        axis.set_title("$x^{ \udcff")  # a name that a user gave: no formula, any bytes
+        claims.save_figure(figure, folder, "f")
+        assert not plt.get_fignums()  # closed
+    for name in ("f.png", "f.pdf"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

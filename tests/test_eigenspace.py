@@ -1,0 +1,435 @@
+"""eigenspace.py: the theory against plain loops, progress and its comparison, training, the NTK, seeds and shards."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers import ok, one_line_error, run_cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import claims
+import common
+import eigenspace
+import runs
+
+TINY = "--subset 60 --points 30 --seeds 0 --steps 6 --width 0.1 --batch-size 20 --device cpu --archs linear cnn".split()
+CHEAP = ["--level", "classifiers", "--archs", "linear", "--seeds", "0", "1", "2"]
+
+# ---------------------------------------------------------------- linear theory
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(0.01, 100), st.floats(1e-4, 0.99), st.floats(0.01, 10), st.floats(0.01, 0.99))
+def test_student_progresses_less_along_the_lower_eigenvalue_at_equal_progress(top, ratio, reach, share):
+    teacher, student = eigenspace.equal_progress(top, top * ratio, reach / top, share)
+    assert 0 < student < teacher < 1
+
+    def at_top(progress):  # both stand where the docstring says: invert their lower progress, compute the top one
+        return eigenspace.flow_filter(top, -np.log1p(-progress) / (top * ratio))
+
+    assert at_top(teacher) == pytest.approx(share * eigenspace.flow_filter(top, reach / top), rel=1e-6)
+    assert at_top(student / eigenspace.flow_filter(top * ratio, reach / top)) == pytest.approx(share, rel=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 1), min_size=2, max_size=6),
+    st.floats(0.05, 0.99),
+    st.integers(1, 200),
+    st.integers(1, 200),
+)
+def test_student_progresses_less_in_whole_steps_of_gradient_descent(spectrum, rate, teacher_steps, student_steps):
+    eigenvalues = np.sort(spectrum)[::-1]
+    lr = rate / eigenvalues[0]
+    stops = np.array([eigenspace.gd_filter(eigenvalues, k, lr) for k in range(teacher_steps + 1)])
+    student = eigenspace.gd_filter(eigenvalues, student_steps, lr) * stops[-1]
+    for high, low in itertools.combinations(range(len(eigenvalues)), 2):
+        if (1 - lr * eigenvalues[high]) ** min(teacher_steps, student_steps) < 1e-9:
+            continue  # so near to 1 that float64 cannot tell which of the two is ahead
+        ahead = stops[stops[:, high] >= student[high], low]  # the teacher's stops at least as far along the top one
+        assert len(ahead) and (ahead >= student[low] * (1 - 1e-12)).all()
+
+
+def test_exaggeration_fails_where_gradient_descent_overshoots():
+    rho = np.sqrt((np.sqrt(5) - 1) / 2)  # 1 − ηλ = −ρ solves (1 − ρ⁴)² = 1 − ρ²
+    eigenvalues = np.array([1 + rho, 0.5])
+    student, teacher = eigenspace.gd_filter(eigenvalues, 4, 1.0) ** 2, eigenspace.gd_filter(eigenvalues, 2, 1.0)
+    assert student[0] == pytest.approx(teacher[0], abs=1e-12) and student[1] > teacher[1] + 0.1
+
+
+def test_theorem_finds_no_violation_and_skips_equal_eigenvalues():
+    cases, violations, ratio = eigenspace.theorem(np.array([2.0, 1.0, 1.0, 0.1]))
+    assert (cases, violations) == (5 * 5 * 9, 0) and 0 < ratio < 1  # 6 pairs, one of them equal
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.95, 1.7])
+@pytest.mark.parametrize("n", [15, 60])  # 15 points in 20 dimensions: 5 directions without data
+def test_gradient_descent_matches_its_closed_form(rate, n):
+    rng = np.random.default_rng(n)
+    x, y = rng.standard_normal((n, 20)) * np.geomspace(1, 1e-3, 20), rng.standard_normal((n, 3))
+    moment = x.T @ x / n
+    lr = rate / np.linalg.eigvalsh(moment)[-1]
+    teacher, closed = eigenspace.gd_simulation(x, y, lr, 400), eigenspace.gd_solution(x, y, lr, 400)
+    student, closed_student = (
+        eigenspace.gd_simulation(x, x @ teacher, lr, 400),
+        eigenspace.gd_solution(x, x @ closed, lr, 400),
+    )
+    # the filter of the docstring, I − (I − ηΣ)^k, in full matrices
+    dense = (np.eye(20) - np.linalg.matrix_power(np.eye(20) - lr * moment, 400)) @ np.linalg.pinv(x) @ y
+    for one, other in ((teacher, closed), (student, closed_student), (teacher, dense)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
+
+
+def test_gd_filter_refuses_steps_that_diverge_and_keeps_tiny_eigenvalues():
+    with pytest.raises(ValueError, match="0, 2"):
+        eigenspace.gd_filter(np.array([3.0]), 5, 1.0)
+    np.testing.assert_allclose(eigenspace.gd_filter(np.array([1e-18, 0.0]), 100, 0.5), [5e-17, 0], rtol=1e-12)
+
+
+def test_excess_risk_matches_dense_matrices():
+    rng = np.random.default_rng(0)
+    eigenvalues, beta, n, noise = np.array([2.0, 0.5, 0.1]), rng.standard_normal(3), 12, 0.7
+    x = eigenspace.fixed_design(rng, n, eigenvalues)
+    np.testing.assert_allclose(x.T @ x / n, np.diag(eigenvalues), atol=1e-12)
+    steps, lr = 9, 0.4
+    # β̂ = M·y, with M the map that the plain loop applies to each unit vector
+    hat = eigenspace.gd_simulation(x, np.eye(n), lr, steps)
+    bias, variance = eigenspace.excess_risk(eigenspace.gd_filter(eigenvalues, steps, lr), eigenvalues, beta, noise, n)
+    assert bias == pytest.approx(np.mean((x @ (hat @ x @ beta - beta)) ** 2), rel=1e-9)
+    assert variance == pytest.approx(noise**2 * np.sum((x @ hat) ** 2) / n, rel=1e-9)
+
+
+def test_bias_variance_helps_or_hurts_by_where_the_signal_lies():
+    result = eigenspace.bias_variance(0, draws=200)
+    top, low = (
+        {name: np.sum(values, axis=1) for name, values in result["exact"][signal].items()} for signal in ("top", "low")
+    )
+    assert top["student"][-1] < top["teacher"][-1] and low["student"][0] > low["teacher"][0]
+    for signal, risk in (("top", top), ("low", low)):
+        for name in ("teacher", "student"):
+            np.testing.assert_allclose(result["simulated"][signal][name], risk[name], rtol=0.15)
+        assert (risk["best early stop"] <= risk["teacher"] * (1 + 1e-9)).all()
+        assert (risk["best student"] <= risk["student"] * 1.01).all()  # the best of a grid of times
+
+
+def test_the_constructed_examples_help_and_hurt():
+    many, few, signal = (eigenspace.example(name, 0, 4.0) for name in eigenspace.EXAMPLES)
+    assert all(result["ratio"] < 1 for result in (many, few, signal))
+    assert all(result["accuracy"]["student"] > result["accuracy"]["teacher"] for result in (many, few))
+    assert signal["accuracy"]["student"] < signal["accuracy"]["teacher"]
+    assert many["train_accuracy"] == 1 > few["train_accuracy"] and many["low_gap"] < -0.2 < few["low_gap"]
+
+
+# ---------------------------------------------------------------- progress
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 4000), st.integers(2, 12))
+def test_eigen_buckets_partition_the_directions(count, buckets):
+    ends = eigenspace.bucket_ends(count, buckets)
+    assert [direction for start, end in ends for direction in range(start, end)] == list(range(count))
+    assert 1 <= len(ends) <= buckets and all(end > start for start, end in ends)
+
+
+def test_at_top_takes_the_first_crossing():
+    path = np.array([[0.0, 0, 0], [0.4, 1, 10], [0.2, 2, 20], [0.8, 3, 30], [0.5, 4, 40]])
+    expected = [[0.2, 0.5, 5], [0.4, 1, 10], [0.5, 2.5, 25], [0.8, 3, 30]]
+    np.testing.assert_allclose(eigenspace.at_top(path, [0.2, 0.4, 0.5, 0.8]), expected)
+    assert np.isnan(eigenspace.at_top(path, [0.9])).all()
+    np.testing.assert_array_equal(eigenspace.at_top(path + 0.1, [0.05]), path[:1] + 0.1)  # there from the start
+
+
+def test_compare_is_one_for_the_same_path_and_right_for_the_linear_theory():
+    times, eigenvalues = np.linspace(0, 4, 4000)[:, None], np.array([1.0, 0.3, 0.1])
+    teacher = eigenspace.flow_filter(eigenvalues, times)
+    progress = dict(teacher=teacher, same=teacher, student=teacher * teacher[-1])
+    paths = {name: np.concatenate([path, path[:, :1]], axis=1) for name, path in progress.items()}  # with "accuracy"
+    result = eigenspace.compare(paths, [(0, 1), (1, 2), (2, 3)])
+    np.testing.assert_allclose(result["ratio"]["same"], 1)
+    top = np.array(result["levels"])
+    assert top[-1] == pytest.approx(teacher[-1, 0] ** 2) and len(top) == 20
+    for b in (1, 2):
+        exact = eigenspace.equal_progress(1.0, eigenvalues[b], 4.0, top / teacher[-1, 0])
+        np.testing.assert_allclose(np.array(result["curves"]["student"])[:, b - 1], exact[1] / exact[0], rtol=1e-3)
+    assert result["mean"]["student"] < 1 and result["accuracy"]["student"] == pytest.approx(top[-1])
+
+
+def test_first_layer_inputs_reproduce_the_layer():
+    torch.manual_seed(0)
+    images = torch.randn(5, 3, 8, 8)
+    conv, linear = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Linear(192, 4)
+    expected = conv(images).flatten(2).transpose(1, 2).flatten(0, 1), linear(images.flatten(1))
+    for layer, outputs in zip((conv, linear), expected, strict=True):
+        rows = eigenspace.first_layer_inputs(layer, images)
+        torch.testing.assert_close(rows @ layer.weight.flatten(1).T + layer.bias, outputs)
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    assert len(eigenspace.first_layer_inputs(conv, images, limit=130)) == 2 * 64  # images 0 and 3
+    with pytest.raises(runs.InputError, match="first layer"):
+        eigenspace.first_layer(nn.Conv2d(4, 4, 3, groups=4))
+
+
+def test_second_moment_eigenvectors_and_progress_of_weights():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 6, generator=generator) * torch.arange(1, 7)
+    values, vectors = eigenspace.second_moment_eigenvectors(rows)
+    moment = rows.double().T @ rows.double() / 50
+    assert (values.diff() <= 0).all()
+    torch.testing.assert_close(moment @ vectors, vectors * values)
+    start, end, other = torch.randn(3, 3, 6, dtype=torch.float64, generator=generator)
+    seen = dict(teacher=[(start, 0.1), (end, 0.7)], student=[(end, 0.1), (end + other, 0.5)])
+    paths = eigenspace.weight_progress(seen, vectors, [(0, 2), (2, 6)])
+    np.testing.assert_allclose(paths["teacher"], [[0, 0, 0.1], [1, 1, 0.7]])
+    norms = [((other @ part).norm() / ((end - start) @ part).norm()).item() for part in vectors.split((2, 4), 1)]
+    np.testing.assert_allclose(paths["student"], [[0, 0, 0.1], [*norms, 0.5]])
+    np.testing.assert_allclose((other @ vectors).square().sum(), other.square().sum())  # nothing lies outside of them
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_descend_is_plain_gradient_descent():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 4)), rng.standard_normal((30, 2))
+    targets, model = torch.tensor(y), nn.Linear(4, 2, bias=False).double()
+    nn.init.zeros_(model.weight)
+
+    def loss_of(outputs, index):
+        return (outputs - targets[index]).square().sum() / (2 * len(index))
+
+    def observe(model):
+        return model.weight.detach().clone().numpy().T
+
+    seen = eigenspace.descend(model, torch.tensor(x), loss_of, 0.1, 25, 0, "key", observe)
+    assert not seen[0].any()
+    for k, weights in enumerate(seen[:10]):  # 25 steps are few enough that the first ten are all observed
+        np.testing.assert_allclose(weights, eigenspace.gd_solution(x, y, 0.1, k), atol=1e-12)
+    np.testing.assert_allclose(seen[-1], eigenspace.gd_solution(x, y, 0.1, 25), atol=1e-12)
+
+
+def test_self_distillation_pairs_its_networks():
+    images, labels = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+
+    def build(key):
+        model = nn.Linear(5, 3)
+        nn.init.normal_(model.weight, generator=common.generator("test", key))
+        nn.init.zeros_(model.bias)
+        return model
+
+    def observe(model):
+        return model.weight.detach().clone()
+
+    training = (build, images, labels, 0, observe, 0.1, 8, 10, 4.0)
+    models, seen = eigenspace.self_distil(*training)
+    assert list(seen) == list(eigenspace.NETWORKS)
+    first = {name: path[0] for name, path in seen.items()}
+    assert all(torch.equal(first["teacher"], first[name]) for name in ("student", "control"))
+    assert torch.equal(first["student fresh"], first["control fresh"])
+    assert not torch.equal(first["student fresh"], first["teacher"])
+    again = eigenspace.self_distil(*training, networks=("teacher", "student"))[1]
+    assert torch.equal(again["student"][-1], seen["student"][-1])
+    # by hand: the first step of the student is a step on the distillation loss, on the teacher's first batch
+    order = torch.randperm(40, generator=common.generator("eigenspace order", ("teacher", 0), 0))[:10]
+    student = build(("teacher", 0))
+    common.kd_loss(student(images[order]), models["teacher"](images[order]).detach(), 4.0).backward()
+    torch.testing.assert_close(seen["student"][1], first["student"] - 0.1 * student.weight.grad)
+    student.zero_grad()
+    F.cross_entropy(student(images[order]), labels[order]).backward()
+    torch.testing.assert_close(seen["control"][1], first["control"] - 0.05 * student.weight.grad)
+
+
+# ---------------------------------------------------------------- function space
+
+
+@pytest.mark.parametrize("arch", ["mlp", "resnet8"])
+def test_empirical_ntk_matches_a_plain_loop(arch):
+    images = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = eigenspace.calibrate(common.build_model(arch, 3, (8, 8, 1), 0.1), images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kernel = eigenspace.empirical_ntk(model, images, 3, chunk=3)
+    assert model.training
+    model.eval()
+    slow, parameters = torch.zeros(7, 7, dtype=torch.float64), list(model.parameters())
+    for c in range(3):
+        gradients = [torch.autograd.grad(model(image[None])[0, c], parameters) for image in images]
+        rows = torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in gradients]).double()
+        slow += rows @ rows.T / 3
+    torch.testing.assert_close(kernel, slow, rtol=1e-4, atol=1e-4 * float(slow.diagonal().mean()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calibrated_eval_mode_is_train_mode_on_the_same_points():
+    images = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = eigenspace.calibrate(common.build_model("resnet8", 4, (8, 8, 1), 0.2), images)
+    with torch.no_grad():
+        torch.testing.assert_close(eigenspace.evaluate(model, images), model.train()(images), rtol=0.01, atol=0.01)
+    assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_share_fitted_and_centring():
+    generator = torch.Generator().manual_seed(0)
+    target = eigenspace.centre(torch.randn(12, 4, generator=generator))
+    assert float(target.sum(0).abs().max()) < 1e-12 and float(target.sum(1).abs().max()) < 1e-12
+    vectors = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
+    buckets = [(0, 3), (3, 11)]
+    assert eigenspace.share_fitted(target, target, vectors, buckets) == pytest.approx([1, 1])
+    first = vectors[:, :3] @ vectors[:, :3].T @ target
+    assert eigenspace.share_fitted(0.5 * first, target, vectors, buckets) == pytest.approx([0.5, 0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_ntk_memory_estimate_covers_the_measured_peak():
+    # VmHWM, not ru_maxrss: the latter is inherited from the process that starts this one.
+    code = (
+        "import re, sys; sys.path.insert(0, sys.argv[1]); import torch, common, eigenspace\n"
+        "model, images = common.build_model('resnet8', 2, (8, 8, 1), 1.0), torch.randn(600, 1, 8, 8)\n"
+        "eigenspace.empirical_ntk(model, images[:60], 1)\n"  # libraries and buffers are loaded
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak(); eigenspace.empirical_ntk(model, images, 1)\n"
+        "print(peak() - before, eigenspace.ntk_bytes(600, sum(p.numel() for p in model.parameters())))"
+    )
+    command = [sys.executable, "-c", code, str(Path(eigenspace.__file__).parent)]
+    grown, estimate = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert grown < estimate < 4 * grown + 2**28
+
+
+# ---------------------------------------------------------------- the command
+
+
+def files_below(folder, pattern):
+    return {path: path.read_bytes() for path in Path(folder).glob(pattern)}
+
+
+def results_in(folder):
+    """What is kept of the seeds, without times."""
+    return {path.name: json.loads(text)["result"] for path, text in files_below(folder, "seeds/*.json").items()}
+
+
+def test_eigenspace_runs_keeps_its_seeds_and_refuses_other_settings(tmp_path):
+    out, flags = tmp_path / "out", [*TINY, "--out", str(tmp_path / "out")]
+    ok(run_cli("eigenspace.py", *flags, cwd=tmp_path))
+    table = json.loads((out / "claims.json").read_text())
+    prefixes = {
+        "linear",
+        "digits, linear",
+        "digits, cnn",
+        "digits, NTK of resnet8, init",
+        "digits, NTK of resnet8, end",
+    }
+    assert {row["claim"].split(":")[0] for row in table} >= prefixes
+    for level in ("linear", "classifiers", "ntk"):
+        assert (out / f"{level}.png").stat().st_size > 10_000
+        assert (out / f"{level}.pdf").exists() and (out / f"{level}.json").exists()
+    kept = files_below(out, "seeds/*.json")
+    assert len(kept) == 4
+    eigenspace.main([*flags, "--level", "classifiers"])  # the table still covers all levels
+    assert json.loads((out / "claims.json").read_text()) == table and files_below(out, "seeds/*.json") == kept
+    refusal = run_cli("eigenspace.py", *flags, "--temperature", 2, cwd=tmp_path)
+    one_line_error(refusal, "temperature", "--overwrite")
+    assert files_below(out, "seeds/*.json") == kept
+    seed = out / "seeds/linear-s0.json"
+    for damaged in ("[]", '{"settings": 3}', '{"settings": {}, "result": {}}', "{"):
+        seed.write_text(damaged)
+        with pytest.raises(runs.InputError, match="linear-s0.json"):
+            eigenspace.main([*flags, "--level", "linear"])
+    seed.write_bytes(kept[seed])
+    (out / "ntk.json").write_text('{"claims": [1]}')
+    with pytest.raises(runs.InputError, match="ntk.json.*remove it"):
+        eigenspace.main([*flags, "--level", "linear"])
+    (out / "ntk.json").unlink()
+    eigenspace.main([*flags, "--temperature", "2", "--overwrite", "--level", "classifiers", "--archs", "linear"])
+    changed = [path.name for path, content in files_below(out, "seeds/*.json").items() if content != kept[path]]
+    assert changed == ["classifiers-linear-s0.json"]
+
+
+def test_jobs_and_shards_keep_the_same_results_and_draw_once(tmp_path):
+    flags = [*TINY, *CHEAP, "--out"]
+    whole, jobs, shards = (str(tmp_path / name) for name in ("whole", "jobs", "shards"))
+    eigenspace.main([*flags, whole])
+    expected = results_in(whole)
+    assert len(expected) == 3
+    for i in (0, 1):
+        eigenspace.main([*flags, shards, "--shard", f"{i}/2"])
+        assert len(results_in(shards)) == 2 + i
+        assert not list(Path(shards).glob("classifiers*")) and not (Path(shards) / "claims.json").exists()
+    before = files_below(shards, "seeds/*.json")
+    eigenspace.main([*flags, shards])
+    assert files_below(shards, "seeds/*.json") == before
+
+    # With --jobs and --overwrite what is kept is discarded once, and every seed computed once.
+    eigenspace.main([*flags, jobs, "--temperature", "2", "--shard", "0/2"])
+    lines = ok(run_cli("eigenspace.py", *flags, jobs, "--jobs", 3, "--overwrite", cwd=tmp_path)).splitlines()
+    computed = sorted(line.partition(":")[0] for line in lines if line.startswith("classifiers-linear"))
+    assert computed == [f"classifiers-linear-s{seed}" for seed in range(3)]
+    for folder in (jobs, shards):
+        assert results_in(folder) == expected
+        assert (Path(folder) / "claims.json").read_bytes() == (Path(whole) / "claims.json").read_bytes()
+
+
+def test_overwrite_of_a_shard_leaves_the_seeds_of_the_others(tmp_path):
+    flags = [*TINY, *CHEAP, "--out", str(tmp_path)]
+    eigenspace.main([*flags, "--shard", "0/2"])
+    before = files_below(tmp_path, "seeds/*.json")
+    eigenspace.main([*flags, "--shard", "1/2", "--overwrite"])
+    assert before.items() <= files_below(tmp_path, "seeds/*.json").items()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--memory-gb", "0.1"], r"[\d,]+ parameters needs \d+\.\d GiB.*--memory-gb 1"),
+        (["--level", "ntk", "--points", "2000"], "--points 2000"),
+        (["--level", "classifiers", "--archs", "cnn", "--lr", "1e30"], "lower --lr"),
+        (["--level", "classifiers", "--archs", "resnet9"], "unknown --arch"),
+        (["--seeds", "1", "1"], "twice"),
+    ],
+)
+def test_eigenspace_refuses_bad_input_before_it_writes(tmp_path, flags, message):
+    with pytest.raises(runs.InputError, match=message) as refusal:
+        eigenspace.main([*TINY, "--out", str(tmp_path / "out"), *flags])
+    assert "\n" not in str(refusal.value) and not list(tmp_path.rglob("*.json"))
+
+
+def test_a_wrong_architecture_fails_before_overwrite_discards_anything(tmp_path):
+    flags = [*TINY, "--level", "classifiers", "--out", str(tmp_path)]
+    eigenspace.main([*flags, "--archs", "linear"])
+    before = files_below(tmp_path, "**/*.json")
+    with pytest.raises(runs.InputError, match="unknown --arch"):
+        eigenspace.main([*flags, "--archs", "linear", "resnet9", "--overwrite"])
+    assert files_below(tmp_path, "**/*.json") == before
+
+
+def damaged(content, draw):
+    """`content` (bytes) with a flipped bit, cut, or with a part of it repeated."""
+    at, to = sorted(draw.randrange(len(content)) for _ in range(2))
+    flipped = content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+    return draw.choice((flipped, flipped, content[:at], content[:to] + content[at:]))
+
+
+def test_damaged_results_are_refused_or_the_same(tmp_path):
+    result, draw = dict(mean=dict(student=0.25, control=float("nan")), levels=[0.5, 1.0]), random.Random(0)
+    seed, level = tmp_path / "x-s0.json", tmp_path / "linear.json"
+    runs.kept_result(seed, dict(lr=1), result.copy)
+    runs.write_json(level, dict(claims=[claims.claim("slope", "> 1", 1.25, 1.0, 1.5, 1)]))
+    good_seed, good_level = seed.read_bytes(), level.read_bytes()
+    for _ in range(100):
+        seed.write_bytes(damaged(good_seed, draw))
+        level.write_bytes(damaged(good_level, draw))
+        before = files_below(tmp_path, "*.json")
+        try:
+            assert repr(runs.kept_result(seed, dict(lr=1), None)) == repr(result)
+        except runs.InputError as error:
+            assert str(error).strip()
+        try:
+            claims.claims_markdown(eigenspace.kept_claims(level))
+        except runs.InputError as error:
+            assert str(error).strip()
+        assert files_below(tmp_path, "*.json") == before

@@ -1,0 +1,343 @@
+"""The page of report.py, from run folders and results written by hand."""
+
+import base64
+import hashlib
+import io
+import os
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_line_error, run_cli
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import claims
+import common
+import engine
+import report
+import runs
+
+FLAGS = dict(data="cifar100", subset=0, label_noise=0.0, data_seed=0, arch="resnet56", width=1.0, recipe="short")
+FLAGS |= dict(epochs=2, stop_epoch=None, batch_size=512, lr=0.4, warmup=5, schedule="cosine", milestones=[])
+FLAGS |= dict(precision="fp32", out=None, seeds=[0, 1])
+PAPERS = dict(common.RECIPES["paper"], recipe="paper", milestones=[200, 300, 400])
+VERSIONS = dict(python="3.11.1", torch="2.9.9", numpy="2", git_commit="a" * 40, hardware="Abacus 3000", threads=1)
+SLOPE = "slope of the student's fit exceeds 1"
+
+
+def write_run(
+    folder, role="student", seed=0, accuracy=0.7, seconds=(1.5, 2.5), weights=None, switch=None, sha=None, **more
+):
+    """A finished run folder written by hand; weights makes a checkpoint of a single number, and returns its hash."""
+    flags = FLAGS | more
+    if role != "teacher":
+        flags |= dict(kd_weight=1.0 if sha else 0.0, ce_weight=0.0 if sha else 1.0, temperature=4.0)
+    data = dict(name=flags["data"], classes=100, image=[32, 32, 3], n_train=50000, n_test=10, subset=flags["subset"])
+    data |= dict(label_noise=flags["label_noise"], data_seed=0, sha256="d" * 64)
+    facts = dict(teacher_sha256=sha) | (dict(switch=switch) if switch else {})
+    folder.mkdir(parents=True)
+    config = dict(role=role, seed=seed, arch=flags["arch"], flags=flags, data=data, facts=facts, parameters=1)
+    config |= dict(command=f"python train.py --out {folder.name}", versions=VERSIONS)
+    runs.write_json(folder / "config.json", config)
+    lines = [dict(epoch=k, step=10 * k, seconds=s, test_acc=accuracy) for k, s in enumerate(seconds, 1)]
+    runs.write_metrics(folder, lines)
+    (folder / "logits.npz").write_bytes(b"")
+    if weights is not None:
+        state = dict(w=torch.tensor([float(weights)]))
+        torch.save(dict(model=state), folder / "checkpoint.pt")
+        return engine.weights_hash(state)
+
+
+def claim(text, value=0.886, low=0.836, high=0.941, **more):
+    return claims.claim(text, "> 1", value, low, high, 1, note="over points and 5 seeds") | more
+
+
+def write_results(folder, rows=(), figure="fig1a", command=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / "claims.json", list(rows))
+    info = PngInfo()
+    if command:
+        info.add_text("Command", command)
+    Image.new("RGB", (300, 150), "red").save(folder / f"{figure}.png", pnginfo=info)
+
+
+class Page(HTMLParser):
+    """A page, checked for tags that close in order: its tags with attributes, its text, and rows of cells as text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source, self.open, self.tags, self.text, self.rows = source, [], [], "", []
+        self.feed(source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if "th" in self.open or "td" in self.open:
+            self.rows[-1][-1] += f" ({data})" if self.open[-1] == "small" else data
+
+    def of(self, start):
+        return [row for row in self.rows if row[0].startswith(start)]
+
+
+def page_of(folder):
+    """The page about `folder`/runs and `folder`/results."""
+    (folder / "results").mkdir(exist_ok=True)
+    report.main([f"--{name}={folder / name}" for name in ("runs", "results")] + ["--out", str(folder / "out")])
+    return Page((folder / "out" / "index.html").read_text())
+
+
+def test_claims_figures_runs_and_hardware_are_shown(tmp_path):
+    rows = [claim(f"train: {SLOPE}"), claim(f"test: {SLOPE}", 1.2, 1.1, 1.3), claim("one seed", 0.5, -np.inf, np.inf)]
+    rows += [claim("counted", 0, 0, 0), claim("several", 2, 2, 2, verdict="mixed")]
+    results = tmp_path / "results"
+    write_results(results / "set" / "fig1a", rows, command="python analyze_deviation.py --title 'a <b>'")
+    write_results(results / "set" / "a", figure="ntk")
+    write_results(results / "a_copy", rows, figure="fig1b", command="python switch_distill.py")
+    write_results(
+        results / "words" / "tiny", [claim(f"test: {SLOPE}", 0.9, 0.7, 1.3)], command="python glue_distill.py"
+    )
+    (results / "words" / "glue.json").write_text("{}")
+    for name, seconds in (("one", 60), ("two", 80)):
+        (results / "set" / "a" / "seeds").mkdir(exist_ok=True)
+        runs.write_json(results / "set" / "a" / "seeds" / f"{name}.json", dict(versions=VERSIONS, seconds=seconds))
+    for seed, accuracy in ((0, 0.70), (1, 0.72)):
+        sha = write_run(tmp_path / "runs" / f"t-s{seed}", "teacher", seed, accuracy, weights=seed)
+        write_run(tmp_path / "runs" / f"kd-s{seed}", "student", seed, accuracy + 0.03, sha=sha)
+    page = page_of(tmp_path)
+
+    assert "11 claims: holds 2, fails 4, unclear 3, mixed 2." in page.text
+    headings = ("Claims\n", "Figures\n", "Runs beside the paper's numbers\n", "Hardware and time\n")
+    places = [page.text.rindex(heading) for heading in headings]
+    assert places == sorted(places)
+    expected = [f"train: {SLOPE}", "> 1 (13 of 18 settings)", "0.886 [0.836, 0.941]", "✗ fails"]
+    assert page.of(f"train: {SLOPE}")[0] == expected and page.of(f"test: {SLOPE}")[0][3] == "✓ holds"
+    assert page.of("one seed")[0][2:] == ["0.500, no interval", "? unclear"] and page.of("several")[0][3] == "± mixed"
+    assert page.of("counted")[0][2] == "0" and "(7 of 12 settings)" in page.of(f"test: {SLOPE}")[-1][1]
+    # Figures in the paper's order, language last, each with its command.
+    commands = (
+        "analyze_deviation.py --title 'a <b>'",
+        "switch_distill.py",
+        "does not record its command",
+        "glue_distill.py",
+    )
+    places = [page.text.index(command) for command in commands]
+    assert places == sorted(places)
+    for line in (
+        "Image settings with a test slope above 1: paper 18 of 18, here 1 of 1.",
+        "18, here 0 of 1.",
+        "12, here 0 of 1.",
+    ):
+        assert line in page.text
+
+    # 95% interval of 70 and 72 with one degree of freedom: 71 ± 12.71.
+    teacher, student = page.of("teacher, resnet56")[0], page.of("KD, T = 4, resnet56 → resnet56")[0]
+    assert teacher[1:3] == student[1:3] == ["2 epochs, batch 512, lr 0.4, fp32", "2"]
+    assert teacher[3:] == ["71.00 [58.29, 83.71]", "72.52 (with another schedule)", "8 s"]
+    assert student[3:] == ["74.00 [61.29, 86.71]", "74.55 (with another schedule)", "8 s"]
+    machine = ["Abacus 3000", "1", "2.9.9", "3.11.1", "a" * 40]
+    assert page.of("Abacus 3000") == [[*machine, "2 seeds of analyses", "2 min"], [*machine, "4 training runs", "16 s"]]
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (PAPERS, "72.52"),
+        (PAPERS | dict(stop_epoch=9), "72.52 (with another schedule)"),
+        (dict(label_noise=0.2), "69.8 (with another schedule)"),
+        (dict(subset=1000), "–"),
+        (dict(width=0.5), "–"),
+        (dict(arch="resnet20"), "–"),
+        (dict(data="cifar10"), "–"),
+    ],
+)
+def test_the_papers_number_stands_only_where_the_setting_matches(tmp_path, change, expected):
+    write_run(tmp_path / "runs" / "o", **change)
+    assert page_of(tmp_path).of("one-hot, ")[0][4] == expected
+
+
+def test_seeds_of_one_setting_and_one_kind_of_teacher_are_pooled(tmp_path):
+    folder = tmp_path / "runs"
+    for seed in (0, 1, 2):
+        early = write_run(folder / f"t-2-epochs-s{seed}", "teacher", seed, weights=seed, stop_epoch=1)
+        full = write_run(folder / f"t-s{seed}", "teacher", seed, weights=10 + seed, arch="resnet110")
+        write_run(folder / f"kd-0.5-s{seed}", seed=seed, sha=full)
+        write_run(folder / f"kd-early-s{seed}", seed=seed, sha=early)
+        write_run(folder / "sub" / str(seed) / "kd", seed=seed, sha=full, lr=0.1 if seed == 2 else 0.4)
+        write_run(folder / f"orphan-s{seed}", seed=seed, sha="f" * 64)
+        write_run(folder / f"half-s{seed}", seed=seed, sha=full, switch=dict(direction="onehot2kd", step=10, window=0))
+    page = page_of(tmp_path)
+    found = {row[0].partition(f" ({folder}/")[2]: (row[0].partition(" (")[0], row[2]) for row in page.rows if row[5:]}
+    assert found["kd-0.5-s*)"] == ("KD, T = 4, resnet110 → resnet56", "3")
+    assert found["kd-early-s*)"] == ("KD, T = 4, resnet56 → resnet56", "3")
+    assert found["t-2-epochs-s*)"] == ("teacher, resnet56", "3") and found["t-s*)"] == ("teacher, resnet110", "3")
+    assert found["orphan-s*)"] == ("KD, T = 4, teacher not among these runs → resnet56", "3")
+    assert found["half-s*)"] == ("one-hot → KD at s = 0.5, resnet110 → resnet56", "3")
+    assert sorted(row[2] for row in page.of("KD") if "/sub/" in row[0]) == ["1", "2"]  # another rate is another setting
+    plans = {row[0].rpartition("/")[2]: (row[1], row[3:5]) for row in page.of("KD")}
+    assert plans["kd-early-s*)"][0].endswith("; teacher 2 epochs, batch 512, lr 0.4, fp32, stopped after 1")
+    # Self-distillation alone has the paper's number.
+    same = ["70.00 [70.00, 70.00]"]
+    assert plans["kd-early-s*)"][1] == [*same, "74.55 (with another schedule)"] and plans["kd-0.5-s*)"][1] == [
+        *same,
+        "–",
+    ]
+
+
+def test_the_teacher_of_texts_is_found_by_its_logits_and_an_epoch_counts_once(tmp_path):
+    folder = tmp_path / "runs"
+    write_run(folder / "t-s0", "teacher", arch="tiny")
+    logits = np.arange(6, dtype=np.float32).reshape(3, 2)
+    np.savez(folder / "t-s0" / "logits.npz", train_logits=logits)
+    config = runs.read_json(folder / "t-s0" / "config.json")
+    runs.write_json(folder / "t-s0" / "config.json", config | dict(facts=dict(tokens_sha256="0")))
+    write_run(folder / "kd", sha=hashlib.sha256(logits.tobytes()).hexdigest(), arch="1x32", seconds=(100, 200))
+    # A branch of that run, whose first epoch is the trunk's, and pretraining, which has neither accuracy nor logits.
+    switch = dict(direction="kd2onehot", step=10, window=3)
+    write_run(folder / "half", sha="0" * 64, arch="1x32", seconds=(100, 90), switch=switch)
+    write_run(folder / "mlm", "mlm", arch="tiny", seconds=(30, 30))
+    (folder / "mlm" / "logits.npz").unlink()
+    runs.write_metrics(folder / "mlm", [dict(epoch=k, step=10 * k, seconds=30) for k in (1, 2)])
+    page = page_of(tmp_path)
+    assert len(page.of("KD, T = 4, tiny → 1x32")) == len(page.of("teacher, tiny")) == 1
+    (switched,) = page.of("KD → one-hot at s = 0.5 over 3 steps")
+    assert switched[5] == "3 min" and page.of("Abacus 3000")[0][5:] == [
+        "4 training runs",
+        "8 min",
+    ]  # 4 + 300 + 90 + 60 s
+    assert "Left out" not in page.text
+
+
+def test_what_is_damaged_is_left_out_alone_and_the_page_says_so(tmp_path, capsys):
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    names = "good torn-config discarded unfinished no-metrics no-config no-seconds odd-data odd-name mlm no-accuracy"
+    for name in names.split():
+        write_run(folder / name, "mlm" if name == "mlm" else "student")
+    (folder / "torn-config" / "config.json").write_text('{"role": "stu')
+    runs.write_json(folder / "discarded" / "config.json", runs.DISCARDED)
+    (folder / "unfinished" / "logits.npz").unlink()
+    (folder / "no-metrics" / "metrics.jsonl").unlink()
+    (folder / "no-config" / "config.json").unlink()
+    runs.write_metrics(folder / "no-seconds", [dict(epoch=1, step=1, test_acc=0.5)])
+    runs.write_metrics(folder / "no-accuracy", [dict(epoch=1, step=1, seconds=1.0)])
+    for name, data in (("odd-data", dict(name=3)), ("odd-name", dict(name=[3]))):
+        config = runs.read_json(folder / name / "config.json")
+        runs.write_json(
+            folder / name / "config.json", config | dict(data=data if name == "odd-data" else config["data"] | data)
+        )
+    runs.write_metrics(folder / "mlm", [dict(epoch=1, step=10, seconds=1.0)])
+    for name in ("good", "torn-claims", "odd-claims", "other-claims", "torn-figure", "empty-figure"):
+        write_results(results / name, [claim(f"claim of {name}")])
+    (results / "torn-claims" / "claims.json").write_text("[")
+    runs.write_json(results / "odd-claims" / "claims.json", [dict(claim="half a claim")])
+    runs.write_json(results / "other-claims" / "claims.json", [claim("a", verdict=["holds"])])
+    content = (results / "torn-figure" / "fig1a.png").read_bytes()
+    (results / "torn-figure" / "fig1a.png").write_bytes(content[: len(content) // 2])
+    (results / "empty-figure" / "fig1a.png").write_bytes(b"")
+    (results / "good" / "seeds").mkdir()
+    (results / "good" / "seeds" / "linear-s0.json").write_text("{}")
+    page = page_of(tmp_path)
+    damaged = {folder / name for name in os.listdir(folder)} - {folder / "good"}
+    damaged |= {results / f"{kind}-claims" / "claims.json" for kind in ("torn", "odd", "other")}
+    damaged |= {results / f"{kind}-figure" / "fig1a.png" for kind in ("torn", "empty")}
+    damaged.add(results / "good" / "seeds" / "linear-s0.json")
+    listed = page.text[page.text.index("\n16 damaged or unfinished:\n") :]
+    assert len(damaged) == 16 and all(str(path) in listed for path in damaged)
+    assert "unfinished is not finished (no logits.npz): continue it with: python train.py --out unfinished" in listed
+    assert "mlm is not finished: continue it with: python train.py --out mlm" in listed
+    assert "1 runs and 4 figures; 16 damaged or unfinished left out" in capsys.readouterr().out
+    assert "claim of good" in page.text and "claim of torn-figure" in page.text
+    assert len(page.of("one-hot, resnet56")) == 1 and page.of("Abacus 3000")[0][5] == "1 training runs"
+
+
+def test_a_damaged_teacher_is_nobodys_and_the_page_says_so(tmp_path):
+    sha = write_run(tmp_path / "runs" / "t", "teacher", weights=1)
+    write_run(tmp_path / "runs" / "kd", sha=sha)
+    (tmp_path / "runs" / "t" / "checkpoint.pt").write_bytes(b"torn")
+    page = page_of(tmp_path)
+    assert len(page.of("teacher, resnet56")) == len(page.of("KD, T = 4, teacher not among these runs → resnet56")) == 1
+    assert "t/checkpoint.pt cannot be read" in page.text
+
+
+def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path):
+    evil = '<script src="http://x/y.js"></script>|*_`[a](b) {{ 1 }} & "q"'
+    write_run(tmp_path / "runs" / '<b>&"|-s0')
+    rows = [claim(evil, note=evil, expected=evil, verdict=evil), claim("plain")]
+    write_results(tmp_path / "results" / "a <i>&'b", rows, figure='<b "q">', command=evil)
+    (tmp_path / "runs" / os.fsdecode(b"\xff")).mkdir()  # a file's name need not be Unicode
+    (tmp_path / "runs" / os.fsdecode(b"\xff") / "config.json").write_text("<i>")
+    page = page_of(tmp_path)
+    known = (
+        "html head meta link title style body header nav h1 p a main section h2 h3 table thead tr th tbody td small "
+    )
+    known += "figure div img figcaption pre code details summary ul li"
+    assert {tag for tag, _ in page.tags} == set(known.split())
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes) and attributes.get("src", "data:").startswith(
+            "data:"
+        )
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    assert "url(" not in page.source and "@import" not in page.source and "prefers-color-scheme: dark" in page.source
+    anchors = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    linked = {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"}
+    assert linked <= set(anchors) and len(anchors) == len(set(anchors))
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    with Image.open(io.BytesIO(base64.b64decode(image["src"].partition("base64,")[2]))) as picture:
+        assert picture.format == "WEBP" and picture.size == (300, 150) == (int(image["width"]), int(image["height"]))
+    assert image["alt"] == '<b "q">' and page.text.count(evil) == 5 and '<b>&"|-s0' in page.text
+    assert "?/config.json cannot be read" in page.text
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path):
+    for name in ("b", "a", "c"):
+        write_run(tmp_path / "runs" / name)
+        write_results(tmp_path / "results" / name, [claim(name)])
+    first = page_of(tmp_path).source
+    shutil.copytree(tmp_path / "runs", tmp_path / "other")
+    shutil.rmtree(tmp_path / "runs")
+    for name in ("c", "a", "b"):  # in another order, and at another time
+        shutil.copytree(tmp_path / "other" / name, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "config.json", (1, 1))
+    assert page_of(tmp_path).source == first
+
+
+def test_figures_record_the_command_that_made_them(tmp_path, monkeypatch):
+    words = ["/where/ever/eigenspace.py", "--out", "a “b”", "--overwrite", "--level", "ntk"]
+    monkeypatch.setattr(sys, "argv", words)
+    claims.save_figure(claims.pyplot().figure(figsize=(12, 1)), tmp_path, "ntk")
+    figure = report.read_figure(tmp_path / "ntk.png")
+    assert figure.command.startswith("python ")
+    assert figure.command.endswith("eigenspace.py --out 'a “b”' --level ntk")
+    assert (figure.width, figure.height) == (1600, 133) and figure.caption.startswith("§4")  # 150 dots per inch, scaled
+
+
+def test_a_report_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
+    one_line_error(run_cli("report.py", cwd=tmp_path), "nothing to report", "make reproduce", "--runs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runs.InputError, match="nowhere is not a folder"):
+        report.main(["--runs", "nowhere"])
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "config.json").write_text("{")
+    with pytest.raises(runs.InputError, match="1 left out, the first: runs/r/config.json cannot be read"):
+        report.main([])
+    assert not (tmp_path / "results").exists()
+    write_results(tmp_path / "elsewhere", [claim("one")])
+    report.main(["--results", "elsewhere", "--out", "a/b"])
+    assert "a/b/index.html" in capsys.readouterr().out and (tmp_path / "a" / "b" / "index.html").exists()
