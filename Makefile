@@ -1,4 +1,4 @@
-# Two commands: `make reproduce` trains and draws everything on a CPU; `make test` checks the code.
+# Two commands: `make reproduce` trains and draws everything on a CPU; `make test` checks the code (`make smoke`: in a minute).
 # The figures take other settings too, for example
 #   make fig1a DATA=cifar100 ARCH=resnet56 RECIPE=short SEEDS="0 1 2"
 PYTHON ?= python3
@@ -21,13 +21,13 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test soak fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark report clean
+.PHONY: reproduce test smoke lint soak fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark report clean
 
 # Two chains side by side, one per core: the scripts of the second need nothing from the first.
 reproduce: .venv/ready
 	@$(MAKE) --no-print-directory fig1b fig1a fig-denoise & first=$$!; \
 	  $(MAKE) --no-print-directory fig-eigenspace fig-glue; second=$$?; wait $$first && exit $$second
-	@$(PY) -c 'import common; common.cli(lambda: common.show_results("results"))'
+	@$(PY) -c 'import claims, runs; runs.cli(lambda: claims.show_results("results"))'
 	@$(PY) report.py
 
 fig1a: .venv/ready
@@ -61,7 +61,7 @@ fig-glue: .venv/ready
 CIFAR100_CPU := runs/cifar100-cpu
 cifar100-cpu: .venv/ready
 	$(PY) switch_distill.py --data cifar100 --data-dir "$(DATA_DIR)" --arch resnet20 --epochs 30 --batch-size 128 --direction onehot2kd \
-	  --switch-at 0 0.5 1 --together $(FLAGS) --out $(CIFAR100_CPU) --results results/cifar100-cpu/fig1b
+	  --switch-at 0 0.5 1 $(FLAGS) --out $(CIFAR100_CPU) --results results/cifar100-cpu/fig1b
 	$(PY) analyze_deviation.py --teacher $(CIFAR100_CPU)-teacher-s0 --student $(CIFAR100_CPU)-kd-s0 --control $(CIFAR100_CPU)-onehot-s0 \
 	  --title "CIFAR-100, ResNet-20, 30 epochs" --out results/cifar100-cpu/fig1a
 
@@ -78,12 +78,19 @@ benchmark: .venv/ready
 report: .venv/ready
 	$(PY) report.py
 
+smoke: .venv/ready
+	$(PY) -m pytest -q test_smoke.py
+
 test: .venv/ready
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile test_smoke.py tests
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 # The tests of faults and of bad input at full size: twenty kills for each command, and thirty times the random input.
 soak: .venv/ready
-	DISOBEY_SOAK=1 $(PY) -m pytest -q test_faults.py
+	DISOBEY_SOAK=1 $(PY) -m pytest -q tests -k "faults or fuzz"
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
