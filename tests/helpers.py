@@ -35,7 +35,7 @@ def run_cli(script, *args, cwd):
     loaded already, which saves the two seconds that importing it takes."""
     os.environ["OMP_NUM_THREADS"] = "1"  # several run at once
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine", "torch._dynamo", "scipy.stats", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "scipy.stats", "matplotlib.pyplot"])
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = context.Process(target=forked, args=(script, [str(arg) for arg in args], cwd, out, err))
