@@ -144,8 +144,7 @@ def measure(points, resamples=1000, seed=0):
     table = {}
     for kind, network, key in per_seed[0]:
         draws = [found[kind, network, key] for found in per_seed]
-        measured = claims.combine(draws, np.random.default_rng([seed, len(points)]))
-        table.setdefault(kind, {}).setdefault(network, {})[key] = measured
+        table.setdefault(kind, {}).setdefault(network, {})[key] = claims.combine(draws)
     return table
 
 
@@ -359,6 +358,8 @@ def main(argv=None):
     runs.write_json(out / "deviation.json", dict(report, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
     print(statistics_markdown(tables))
     claims.save_claims(out, deviation_claims(tables), over)
+    if "train" in tables:
+        print(claims.fit_note(tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]))
     seeds = f"{len(first)} seed{'s' if len(first) > 1 else ''}"
     plot(points, tables, out, args.title or f"Student–teacher deviations, {seeds}")
 

@@ -15,12 +15,18 @@ import runs
 # ---------------------------------------------------------------- intervals
 
 
-def mean_interval(values, level=0.95):
-    """(mean, low, high): Student's t interval of the mean of independent seeds; infinite ends for a single value."""
+def seed_term(values):
+    """Squared half width of Student's 95% interval of the mean of `values` [S, …], one for each seed; 0 for one."""
+    count = len(values)
+    if count < 2:
+        return 0.0 * np.asarray(values[0])
+    return stats.t.ppf(0.975, count - 1) ** 2 * np.var(values, axis=0, ddof=1) / count
+
+
+def mean_interval(values):
+    """(mean, low, high) of independent seeds that have no points in common; infinite ends for a single value."""
     values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), -math.inf, math.inf
-    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    half = math.sqrt(seed_term(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
@@ -34,33 +40,51 @@ def resampled_sums(columns, resamples, rng, chunk=64):
     return np.concatenate(sums)
 
 
-def itself(mean):
-    """The statistic that is the mean over seeds itself, for `combine`."""
-    return mean
+def combine(seeds):
+    """Mean over seeds of a statistic and its 95% interval, over points and, when there are several, over seeds.
 
-
-def combine(seeds, rng=None, of=itself):
-    """Mean over seeds and its 95% bootstrap interval, over points and, when there are several, over seeds.
-
-    seeds: one array [1 + B, ...] per seed: its statistic, then the same on B draws of points, the same draws for every
-    seed: what is particular to these points does not average out over seeds. With several seeds each replicate also
-    draws seeds with replacement (the crossed "pigeonhole" bootstrap of Owen 2007, which errs towards wide intervals). A
-    bootstrap of S seeds is too narrow by √(S/(S−1)) and by Student's t against the normal (Hesterberg 2015, §5), so the
-    distances of its ends from the value are stretched by both. `of` maps means over seeds [B, ...] to the statistic
-    [B]. Returns dict(value, low, high, seeds), where seeds holds the statistic of each seed.
+    seeds: one array [1 + B] per seed: its statistic, then the same on B bootstrap draws of points, the same draws for
+    every seed, since seeds share their points. Half width² = (t_{S−1}·s/√S)² + (1.96·SE)²: s the standard deviation
+    over seeds, SE the bootstrap standard error of the mean over seeds. One seed: points alone. Returns dict(value, low,
+    high, seeds), where seeds holds the statistic of each seed.
     """
-    rng = rng or np.random.default_rng(0)
-    values = np.stack([seed[0] for seed in seeds])
-    draws, count, stretch = np.stack([seed[1:] for seed in seeds]), len(seeds), 1.0
-    mean, resamples = draws[0], draws.shape[1]
-    if count > 1:
-        mean = draws[rng.integers(count, size=(count, resamples)), np.arange(resamples)].mean(0)
-        stretch = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
-    value, statistic = float(of(values.mean(0, keepdims=True))[0]), of(mean)
+    seeds = np.stack(seeds)
+    values, draws = seeds[:, 0], seeds[:, 1:].mean(0)
     # A statistic that a draw leaves undefined (a quarter without spread) makes the interval undefined, not narrower.
-    low, high = np.quantile(statistic, [0.025, 0.975]) if np.isfinite(statistic).all() else (np.nan, np.nan)
-    low, high = (float(value + stretch * (end - value)) for end in (low, high))
-    return dict(value=value, low=low, high=high, seeds=of(values).tolist())
+    half = math.sqrt(seed_term(values) + 1.96**2 * draws.var(ddof=1)) if np.isfinite(draws).all() else math.nan
+    value = float(values.mean())
+    return dict(value=value, low=value - half, high=value + half, seeds=values.tolist())
+
+
+def ratio(numerators, denominators):
+    """The same for mean(numerator)/mean(denominator), by Fieller's method (1954) with the two terms of `combine`.
+
+    Both as `combine` takes them. The interval holds every r for which numerator − r·denominator is compatible with 0, a
+    quadratic in r; it is unbounded (infinite ends) where the denominator itself is compatible with 0.
+    """
+    pair = np.stack([np.stack(numerators), np.stack(denominators)])  # [2, S, 1 + B]
+    values, draws, count = pair[:, :, 0], pair[:, :, 1:].mean(1), pair.shape[1]
+    covariance = 1.96**2 * np.cov(draws)
+    if count > 1:
+        covariance = covariance + stats.t.ppf(0.975, count - 1) ** 2 * np.cov(values) / count
+    top, bottom = values.mean(1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a seed without any gain
+        found = dict(value=float(top / bottom), low=-math.inf, high=math.inf, seeds=(values[0] / values[1]).tolist())
+    a, b, c = bottom**2 - covariance[1, 1], top * bottom - covariance[0, 1], top**2 - covariance[0, 0]
+    if a > 0:
+        root = math.sqrt(max(b**2 - a * c, 0.0))
+        found |= dict(low=float((b - root) / a), high=float((b + root) / a))
+    return found
+
+
+def fit_note(fit):
+    """What to say of a teacher that fits this share of its training labels, noisy ones included."""
+    text = f"the teacher fits {100 * fit:.1f}% of its training labels"
+    if fit >= 0.9:
+        return text
+    return (
+        f"{text}: it does not interpolate them, the regime of the paper's claims (when_it_pays.py shows what to expect)"
+    )
 
 
 def scope(seeds, teachers=1):

@@ -2,14 +2,13 @@
 
     python switch_distill.py --seeds 0 1 2 3 4                           # digits, each seed with its own teacher
     python switch_distill.py --teacher runs/t --data cifar100 --arch resnet56 --recipe short --switch-at 0 0.5 1
-    python switch_distill.py --seeds 0 1 2 --teacher-epochs 10 20 30 40  # the gain against how well the teacher fits
 
 s is the share of training before the switch: of one-hot → KD, s=0 is plain distillation and s=1 plain one-hot training.
 Each seed trains these two trunks once, and a branch goes on from the state that its trunk had at s: on a CPU the same
 run, bit for bit, as from scratch. Recovered share: (accuracy of the switched student − one-hot) / (KD − one-hot).
 
-Writes fig1b (accuracy against s), fig1b_curves, switch.json, switch.md and claims into --results, with --teacher-epochs
-also fig1b_teachers. Runs are those of train_teacher.py and train_student.py, and finished ones are shared with them.
+Writes fig1b (accuracy against s), fig1b_curves, switch.json, switch.md and claims into --results. Runs are those of
+train_teacher.py and train_student.py, and finished ones are shared with them.
 Departure from the paper: its switch is gradual over about 1,000 steps; here it is abrupt unless --window is given.
 """
 
@@ -63,12 +62,6 @@ def run_folders(base, options, seed, steps, total):
     return folders, trunks
 
 
-def stopped_runs(base, args, seed, epochs):
-    """Run folders of the teacher that was stopped after `epochs`, and of its student."""
-    early = "" if epochs == args.epochs else f"-e{epochs}"
-    return [Path(f"{base}-{name}{early}-s{seed}") for name in ("teacher", "kd")]
-
-
 def latest_snapshot(run, step):
     """The newest readable snapshot-<at>.pt of a run with at <= step, or None; a note says which are damaged."""
     files = [file for file in run.glob("snapshot-*.pt") if runs.RUN_FILE.fullmatch(file.name)]
@@ -83,7 +76,7 @@ def latest_snapshot(run, step):
 
 
 def train_seed(base, args, seed, data, steps, teacher):
-    """Train one seed's trunks, its branches and, for --teacher-epochs, stopped teachers, unless they are finished.
+    """Train one seed's trunks and its branches, unless they are finished.
 
     steps: see `run_folders`; teacher: `engine.TeacherLogits`.
     """
@@ -94,7 +87,7 @@ def train_seed(base, args, seed, data, steps, teacher):
     for name, (ce_weight, kd_weight) in weights.items():
         changed = dict(ce_weight=ce_weight, kd_weight=kd_weight)
         flags[name] = common.only_flags(args, common.add_flags, add_student_flags, **changed)
-    kept = {step for step in steps.values() if 0 < step < total} | {round(share * total) for share in args.snapshot_at}
+    kept = {step for step in steps.values() if 0 < step < total} | common.snapshot_steps(args, data)
 
     train_student(trunks["onehot"], flags["onehot"], seed, data, snapshots=kept)
     train_student(trunks["kd"], flags["kd"], seed, data, teacher, snapshots=kept)
@@ -108,11 +101,6 @@ def train_seed(base, args, seed, data, steps, teacher):
             switch = dict(direction=direction, step=steps[s], window=args.window)
             more = dict(weights_at=weights_at, start_from=start, switch=switch)
             train_student(run, flags[after], seed, data, teacher, **more)
-    for epochs in set(args.teacher_epochs) - {args.epochs}:
-        stopped, student = stopped_runs(base, args, seed, epochs)
-        train_teacher(stopped, common.only_flags(args, common.add_flags, stop_epoch=epochs), seed, data)
-        live = engine.TeacherLogits(engine.load_teacher(stopped, data), data, args.precision)
-        train_student(student, flags["kd"], seed, data, live)
 
 
 # ---------------------------------------------------------------- measures
@@ -129,23 +117,18 @@ def accuracy_sums(folders, resamples, rng):
     return claims.resampled_sums(np.stack(correct, axis=1).astype(float), resamples, rng) / len(first)
 
 
-def recovered(per_seed, rng):
-    """Accuracy, gain and recovered share of a switch, with paired intervals; rng: any seed.
+def recovered(per_seed):
+    """Accuracy, gain and recovered share, paired, from each seed's `accuracy_sums` of (switched, onehot, kd).
 
-    per_seed: `accuracy_sums` of (switched, onehot, kd). The share is None, with the reason beside it, when the gain is
-    not above 0 with its whole interval.
+    The share is None, with the reason beside it, when the gain is not above 0 with its whole interval.
     """
-
-    def measured(of):
-        return claims.combine(per_seed, np.random.default_rng(rng), of)
-
-    gain = measured(lambda m: m[:, 2] - m[:, 1])
-    row = dict(accuracy=measured(lambda m: m[:, 0]), difference=measured(lambda m: m[:, 0] - m[:, 1]), gain=gain)
+    accuracy, onehot, kd = np.moveaxis(np.stack(per_seed), -1, 0)  # each [S, 1 + B]
+    gain, difference = claims.combine(kd - onehot), claims.combine(accuracy - onehot)
+    row = dict(accuracy=claims.combine(accuracy), difference=difference, gain=gain)
     if gain["low"] <= 0:
         reason = "gain too small to divide" if gain["high"] >= 0 else "KD loses accuracy here"
         return dict(row, recovered=None, reason=reason)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a seed, or a rare draw, without any gain
-        return dict(row, recovered=measured(lambda m: (m[:, 0] - m[:, 1]) / (m[:, 2] - m[:, 1])))
+    return dict(row, recovered=claims.ratio(accuracy - onehot, kd - onehot))
 
 
 def switch_table(folders, trunks, teachers, seeds, resamples):
@@ -161,7 +144,7 @@ def switch_table(folders, trunks, teachers, seeds, resamples):
         for seed, student in zip(seeds, students, strict=True):
             compared = (student, trunks[seed]["onehot"], trunks[seed]["kd"])
             per_seed.append(accuracy_sums(compared, resamples, np.random.default_rng(1)))
-        row = dict(direction=direction, s=s, runs=[str(run) for run in students], **recovered(per_seed, 2))
+        row = dict(direction=direction, s=s, runs=[str(run) for run in students], **recovered(per_seed))
         if students not in deviations:  # the trunks stand in both directions
             points = analyze_deviation.points_from_runs([teachers[seed] for seed in seeds], students, onehots)
             measured = {split: analyze_deviation.measure(points[split], resamples) for split in points}
@@ -206,37 +189,6 @@ def switch_claims(rows):
             gap = networks["student-control"]["low_gap"]
             found.append(claim_of(text, "< 0", gap, 0, "mean Y − X, switched student minus one-hot", above=False))
     return found
-
-
-def teacher_rows(base, args, seeds):
-    """Gain and slope of distillation from teachers stopped after each of --teacher-epochs."""
-    rows = []
-    for epochs in sorted(set(args.teacher_epochs)):
-        teachers, students = zip(*(stopped_runs(base, args, seed, epochs) for seed in seeds), strict=True)
-        onehots = [Path(f"{base}-onehot-s{seed}") for seed in seeds]
-        pairs = zip(students, onehots, strict=True)
-        draws = [accuracy_sums(pair, args.bootstrap, np.random.default_rng(1)) for pair in pairs]
-        gain = claims.combine(draws, np.random.default_rng(2), lambda m: m[:, 0] - m[:, 1])
-        row = dict(epochs=epochs, gain=gain, slope={})
-        for split, points in analyze_deviation.points_from_runs(teachers, students, onehots).items():
-            table = analyze_deviation.measure(points, args.bootstrap)
-            row["slope"][split] = table["predicted"]["student"]["slope"]
-            accuracies = [(point["teacher"].argmax(1) == point["labels"]).mean() for point in points]
-            row[f"teacher_{split}_accuracy"] = float(np.mean(accuracies))
-        rows.append(row)
-    return rows
-
-
-def teacher_markdown(rows):
-    """The rows of `teacher_rows` as a Markdown table."""
-    headers = ["teacher's epochs", "its train accuracy %", "its test accuracy %"]
-    headers += ["KD minus one-hot, test points", "train slope", "test slope"]
-    lines = []
-    for row in rows:
-        accuracies = [f"{100 * row[f'teacher_{split}_accuracy']:.2f}" for split in ("train", "test")]
-        slopes = [claims.cell(row["slope"][split]) for split in ("train", "test")]
-        lines.append([row["epochs"], *accuracies, claims.cell(row["gain"], 100, 2), *slopes])
-    return claims.markdown_table(headers, lines)
 
 
 # ---------------------------------------------------------------- figures
@@ -293,23 +245,6 @@ def plot_curves(folders, trunks, seeds, folder, title):
     claims.save_figure(figure, folder, "fig1b_curves")
 
 
-def plot_teachers(rows, folder, title):
-    """The gain, and the slope of the deviation fit, against how well the teacher fits its training set."""
-    rows = sorted(rows, key=lambda row: row["teacher_train_accuracy"])
-    xs = [100 * row["teacher_train_accuracy"] for row in rows]
-    figure, axes = claims.pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    claims.band(axes[0], xs, [row["gain"] for row in rows], 100, color="tab:blue")
-    for split in ("train", "test"):
-        claims.band(axes[1], xs, [row["slope"][split] for row in rows], label=split)
-    labels = ("test accuracy of KD minus one-hot (points)", "slope of the deviation fit")
-    for axis, neutral, label in zip(axes, (0, 1), labels, strict=True):
-        axis.axhline(neutral, color="grey", lw=1, ls="--")
-        axis.set(xlabel="teacher's train accuracy (%)", ylabel=label)
-    axes[1].legend()
-    figure.suptitle(title)
-    claims.save_figure(figure, folder, "fig1b_teachers")
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -325,20 +260,13 @@ def parse(argv):
     add("--switch-at", type=number(float, 0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9, 1], help=shares)
     window = "steps over which the weights move linearly to the new loss; 0 switches at once"
     add("--window", type=number(int, 0), default=0, help=window)
-    stopped = "also distil from teachers stopped after these epochs, and plot the gain against their fit"
-    add("--teacher-epochs", type=number(int, 1), nargs="+", default=[], help=stopped)
     add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, help="bootstrap draws behind each interval")
     add("--results", default="results/fig1b", help="folder for figures, tables and claims")
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
-    if args.teacher_epochs and (args.teacher or args.stop_epoch):
-        raise InputError("--teacher-epochs trains and stops its own teachers: leave out --teacher and --stop-epoch")
     if "{seed}" in (args.out or ""):
         raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
-    latest = max(args.teacher_epochs, default=0)
-    if latest > args.epochs:
-        raise InputError(f"--teacher-epochs {latest} is beyond --epochs {args.epochs}: give at most {args.epochs}")
     return args
 
 
@@ -361,7 +289,6 @@ def main(argv=None):
     source = engine.teacher_source(args, data, students, epochs, tables)
     both = {seed: run_folders(base, args, seed, steps, total) for seed in seeds}
     planned = [run for pair in both.values() for part in pair for run in part.values()]
-    planned += [run for seed in seeds for at in args.teacher_epochs for run in stopped_runs(base, args, seed, at)]
     planned += [] if args.teacher else teachers.values()
     runs.discard_runs(args, planned, given)
 
@@ -381,10 +308,8 @@ def main(argv=None):
     folders, trunks = ({seed: pair[k] for seed, pair in both.items()} for k in (0, 1))
     over = claims.scope(len(seeds), len(set(teachers.values())))
     rows = switch_table(folders, trunks, teachers, seeds, args.bootstrap)
-    by_teacher = teacher_rows(base, args, seeds)
-    runs.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows, teachers=by_teacher))
+    runs.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
     text = f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}"
-    text += f"\n{teacher_markdown(by_teacher)}" if by_teacher else ""
     runs.write_text(results / "switch.md", text)
     print(text)
     claims.save_claims(results, switch_claims(rows), over)
@@ -392,8 +317,6 @@ def main(argv=None):
     title = f"{args.data}, {args.arch}; intervals {over}"
     plot_switches(rows, results, title)
     plot_curves(folders, trunks, seeds, results, title)
-    if by_teacher:
-        plot_teachers(by_teacher, results, title)
 
 
 if __name__ == "__main__":

@@ -25,20 +25,35 @@ def test_resampled_sums_are_those_of_plain_draws():
     assert np.allclose(sums, plain)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
-@pytest.mark.parametrize("shared", [0.0, 0.9])  # share of the points' noise that all seeds have in common
-def test_intervals_cover_the_truth_over_points_and_over_seeds(count, shared):
-    rng, inside = np.random.default_rng(8), 0
-    for trial in range(200):
-        points = rng.normal(0, 1, 100)  # what is particular to these points, for all seeds
-        columns = []
-        for _ in range(count):
-            seed = 0.3 * rng.normal() * (count > 1) + shared**0.5 * points
-            columns.append(seed + (1 - shared) ** 0.5 * rng.normal(0, 1, 100))
-        draws = claims.resampled_sums(np.stack(columns, 1), 200, np.random.default_rng(trial)) / 100
-        interval = claims.combine(list(draws.T), np.random.default_rng([trial, 1]))
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed_noise, point_noise", [(0.3, 0.1), (0.01, 3.0), (0.1, 1.5)])
+def test_intervals_cover_the_truth_in_a_crossed_design(count, seed_noise, point_noise):
+    """Seeds that share their points: noise of the seeds, of the points, or of both dominates."""
+    rng, inside, n = np.random.default_rng(8), 0, 500
+    for _ in range(400):
+        seeds = seed_noise * rng.normal(size=(count, 1)) * (count > 1)
+        values = seeds + point_noise * rng.normal(size=n) + rng.normal(size=(count, n))
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=100) / n
+        interval = claims.combine(np.concatenate([values.mean(1, keepdims=True), values @ draws.T], axis=1))
         inside += interval["low"] <= 0 <= interval["high"]
-    assert inside >= 178  # 95% nominal: 190 of 200, standard deviation 3; wider is allowed
+    assert 368 <= inside <= 399  # 95% nominal: 380 of 400, standard deviation 4.4; a little wider is allowed
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_and_is_unbounded_where_it_must_be():
+    rng, inside, n = np.random.default_rng(3), 0, 300
+    for _ in range(300):
+        seeds = np.array([[0.5], [1.0]]) + 0.1 * rng.normal(size=(2, 5))
+        values = seeds[:, :, None] + rng.normal(size=(2, 1, n)) + 0.5 * rng.normal(size=(2, 5, n))
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=100) / n
+        top, bottom = np.concatenate([values.mean(2, keepdims=True), values @ draws.T], axis=2)
+        interval = claims.ratio(top, bottom)
+        inside += interval["low"] <= 0.5 <= interval["high"]
+    assert 276 <= inside <= 299
+    unsure = claims.ratio(top, bottom - 1)  # the denominator may be 0
+    assert (unsure["low"], unsure["high"]) == (-np.inf, np.inf)
+    one = claims.ratio(np.array([[0.5, 0.4, 0.6]]), np.array([[1.0, 1.0, 1.0]]))
+    half = 1.96 * np.std([0.4, 0.6], ddof=1)
+    assert (one["low"], one["high"]) == pytest.approx((0.5 - half, 0.5 + half))
 
 
 def test_an_undefined_statistic_has_an_undefined_interval_and_valid_json(tmp_path):
