@@ -21,11 +21,11 @@ endif
 
 # Targets share run folders.
 .NOTPARALLEL:
-.PHONY: reproduce test smoke lint soak fig1a fig1b fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark report clean
+.PHONY: reproduce test smoke lint soak fig1a fig1b fig-pays variants fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark report clean
 
 # Two chains side by side, one per core: the scripts of the second need nothing from the first.
 reproduce: .venv/ready
-	@$(MAKE) --no-print-directory fig1b fig1a fig-denoise & first=$$!; \
+	@$(MAKE) --no-print-directory fig1b fig1a fig-pays fig-denoise & first=$$!; \
 	  $(MAKE) --no-print-directory fig-eigenspace fig-glue; second=$$?; wait $$first && exit $$second
 	@$(PY) -c 'import claims, runs; runs.cli(lambda: claims.show_results("results"))'
 	@$(PY) report.py
@@ -37,9 +37,22 @@ fig1a: .venv/ready
 	$(PY) analyze_deviation.py --teacher $(call RUNS,teacher) --student $(call RUNS,kd) --control $(call RUNS,onehot) \
 	  --title "$(NAME), $(words $(SEEDS)) seed(s)" --out "results/$(NAME)/fig1a"
 
-# Before the others in `reproduce`: its trunks are their runs too, and it keeps the states on the way that they need.
+# Before the others in `reproduce`: its runs are theirs too, and it keeps the states on the way that they need.
+STOP_AT := 0.1 0.2 0.4 0.7
 fig1b: .venv/ready
-	$(PY) switch_distill.py $(COMMON) --quiet --snapshot-at 0.05 --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+	$(PY) switch_distill.py $(COMMON) --quiet --snapshot-at 0.05 $(STOP_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+
+# When does it pay to disobey? Students of teachers that are stopped on the way.
+fig-pays: fig1b
+	$(PY) when_it_pays.py $(COMMON) --quiet --stop-at $(STOP_AT) 1 --out "runs/$(NAME)" --results "results/$(NAME)/pays"
+
+# The same for whole teachers in other settings of digits: how far they fit decides what is seen. About 10 minutes.
+variants: .venv/ready
+	for setting in "0.3 50 1 0" "0.3 100 1 0" "0.3 150 1 0" "0.3 150 2 0" "0.1 150 1 0" "0 200 1 200"; do set -- $$setting; \
+	  name="noise$$1-epochs$$2-width$$3-subset$$4"; \
+	  $(PY) when_it_pays.py --label-noise $$1 --epochs $$2 --width $$3 --subset $$4 --stop-at 1 --seeds $(SEEDS) --quiet \
+	    --out runs/variants/$$name --results results/variants/$$name || exit $$?; done
+	@for table in results/variants/*/pays.md; do echo "$$table"; cat $$table; done
 
 fig-eigenspace: .venv/ready
 	$(PY) eigenspace.py --data "$(DATA)" --data-dir "$(DATA_DIR)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import claims
 import common
 import runs
 from runs import InputError
@@ -92,10 +93,12 @@ def run_jobs(args):
     seeds = args.seeds[first::every]
     if args.jobs == 1 or len(seeds) < 2:
         return
+    if runs.ranks()[1] > 1:
+        raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
     words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
-    threads = dict(os.environ, OMP_NUM_THREADS=str(max(1, common.cores() // args.jobs)))
+    threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // args.jobs))} | os.environ
     quiet = ["--quiet"] if "quiet" in args else []
-    waiting, active, codes = [first + k * every for k in range(len(seeds))], [], []
+    waiting, active, codes, told = [first + k * every for k in range(len(seeds))], [], [], False
     sys.stdout.flush()
     with runs.interruptible() as stop:
         while active or waiting and not stop and not any(codes):
@@ -103,8 +106,9 @@ def run_jobs(args):
                 more = ["--jobs", "1", "--shard", f"{waiting.pop(0)}/{len(args.seeds)}", *quiet]
                 active.append(subprocess.Popen([sys.executable, *words, *more], env=threads))
             time.sleep(0.1)
-            for process in active:
-                if stop and process.poll() is None:
+            if stop and not told:
+                told = True
+                for process in active:
                     process.terminate()  # SIGTERM: it saves and ends
             codes += [process.returncode for process in active if process.poll() is not None]
             active = [process for process in active if process.returncode is None]
@@ -141,11 +145,12 @@ def save_logits(run, model, data):
     runs.write_npz(run / "logits.npz", arrays)
 
 
-def load_teacher(run, data):
+def load_teacher(run, data, step=None):
     """The trained model of a finished run, in eval mode on data's device, checked against `data`.
 
-    InputError when its classes, data, subset or label noise differ from `data`, or when its test accuracy here is
-    not what the run recorded (other weights, or another normalisation).
+    step: as the run was before that step, from its snapshot; None: at its end. InputError when its classes, data,
+    subset or label noise differ from `data`, or when its test accuracy here is not what the run recorded (other
+    weights, or another normalisation).
     """
     config = runs.finished_config(run)
     for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
@@ -157,17 +162,30 @@ def load_teacher(run, data):
     if not isinstance(width, (int, float)) or not 0 < width <= 64:
         raise InputError(f"{run}/config.json has the width {width!r}: restore it, or train again with --overwrite")
     model = common.build_model(str(config.get("arch")), data.classes, data.facts["image"], width).to(data.device)
-    path = Path(run) / "checkpoint.pt"
+    lines = runs.read_metrics(run)
+    last_step = lines[-1].get("step", 0)
+    stopped = step is not None and step < last_step
+    path = Path(run) / (f"snapshot-{step}.pt" if stopped else "checkpoint.pt")
+    if stopped and not path.exists():
+        fix = f"train that run again with --overwrite --snapshot-at {step / last_step:g}"
+        raise InputError(f"{path} does not exist: {fix}")
     with runs.reading(path, f"it does not fit {config['arch']}: train that run again with --overwrite"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
-    recorded = runs.last_metrics(run)["test_acc"]
+    by_step = {line.get("step"): line.get("test_acc") for line in lines}
+    recorded = by_step.get(step) if stopped else runs.last_metrics(run)["test_acc"]
     measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
     # Float noise between devices flips a few points. Written so that a recorded NaN is refused too.
-    if not abs(measured - recorded) <= max(0.002, 2 / len(data.y_test)) + 1e-9:
+    if recorded is not None and not abs(measured - recorded) <= max(0.002, 2 / len(data.y_test)) + 1e-9:
         what = f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%"
         raise InputError(f"{what}: its checkpoint or the data has changed; train it again")
     return model
+
+
+def teacher_fit(run):
+    """`claims.fit_note` of a finished run: how much of its training labels it fits, and what that means."""
+    arrays = runs.read_npz(Path(run) / "logits.npz", ("train_logits", "train_labels"))
+    return claims.fit_note((arrays["train_logits"].argmax(1) == arrays["train_labels"]).mean())
 
 
 # ---------------------------------------------------------------- teacher logits

@@ -27,8 +27,6 @@ def add_student_flags(parser):
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help=temperature)
     cache = "look teacher logits up in a table instead of computing them in every step (auto: where that saves time)"
     add("--teacher-cache", choices=("auto", "on", "off"), default="auto", help=cache)
-    kept = "shares of training at which to keep the state, for switch_distill.py and denoise_gradients.py"
-    add("--snapshot-at", type=number(float, 0, 1), nargs="*", default=[], help=kept)
 
 
 def train_student(run, args, seed, data, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts):
@@ -80,6 +78,8 @@ def main(argv=None):
     # A one-hot student depends on no teacher, so one control serves the students of any teacher.
     names = {seed: args.teacher.replace("{seed}", str(seed)) for seed in seeds} if args.kd_weight else {}
     models = {name: engine.load_teacher(name, data) for name in sorted(set(names.values()))}
+    for name in models:
+        print(f"{name}: {engine.teacher_fit(name)}")
     per_epoch, total = common.total_steps(args, data)
     students = total / per_epoch * len(seeds) / max(1, len(models))  # epochs of the students of one teacher
     tables = runs.run_folder(args, 0, "").parent / "teacher-logits"
@@ -87,7 +87,7 @@ def main(argv=None):
     runs.discard_runs(args, folders.values(), models)
 
     engine.run_jobs(args)
-    snapshots = {round(share * total) for share in args.snapshot_at}
+    snapshots = common.snapshot_steps(args, data)
     teachers = {
         name: engine.TeacherLogits(model, data, args.precision, source, tables) for name, model in models.items()
     }

@@ -25,7 +25,8 @@ def train_teacher(run, args, seed, data):
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
     with runs.locked(run):
         if runs.start_run(run, args, "teacher", seed, data, model):
-            engine.train_images(run, model, data, args, "teacher", seed, loss_fn)
+            snapshots = common.snapshot_steps(args, data)
+            engine.train_images(run, model, data, args, "teacher", seed, loss_fn, snapshots=snapshots)
 
 
 def main(argv=None):

@@ -1,0 +1,54 @@
+"""when_it_pays.py: teachers stopped on the way, their students, and what is measured of both."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, ok, one_line_error, run_cli
+
+import engine
+import runs
+import when_it_pays
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pays")
+    flags = [*TINY, "--seeds", 0, 1, "--stop-at", 0.5, 1, "--bootstrap", 200]
+    return folder, ok(run_cli("when_it_pays.py", *flags, cwd=folder))
+
+
+def test_students_learn_from_states_of_one_teacher_run(finished):
+    folder, _ = finished
+    found = sorted(run.name for run in (folder / "runs").iterdir())
+    names = [f"digits-resnet8-{name}-s{seed}" for name in ("kd", "kd-of-0.5", "onehot", "teacher") for seed in (0, 1)]
+    assert found == sorted(names)
+    teacher = folder / "runs" / "digits-resnet8-teacher-s0"
+    step = runs.last_metrics(teacher)["step"] // 2
+    weights = [runs.load_checkpoint(teacher / name)["model"] for name in (f"snapshot-{step}.pt", "checkpoint.pt")]
+    assert not torch.equal(weights[0]["fc.weight"], weights[1]["fc.weight"])
+    for name, state in zip(("kd-of-0.5", "kd"), weights, strict=True):
+        student = folder / "runs" / f"digits-resnet8-{name}-s0"
+        assert runs.read_config(student)["facts"]["teacher_sha256"] == engine.weights_hash(state)
+        assert runs.last_metrics(student)["epoch"] == 2  # in full length
+
+
+def test_measures_are_those_of_the_runs(finished):
+    folder, output = finished
+    rows = runs.read_json(folder / "results" / "pays" / "pays.json")["rows"]
+    assert [row["share"] for row in rows] == [0.5, 1]
+    accuracies = {}
+    for name in ("teacher", "kd", "onehot"):
+        lines = [runs.last_metrics(folder / "runs" / f"digits-resnet8-{name}-s{seed}") for seed in (0, 1)]
+        accuracies[name] = np.array([line["test_acc"] for line in lines])
+    assert rows[1]["lead"]["seeds"] == pytest.approx(accuracies["kd"] - accuracies["teacher"])
+    assert rows[1]["gain"]["value"] == pytest.approx((accuracies["kd"] - accuracies["onehot"]).mean())
+    for name in when_it_pays.MEASURES:
+        assert rows[0][name]["low"] <= rows[0][name]["value"] <= rows[0][name]["high"]
+    assert (folder / "results" / "pays" / "pays.png").exists() and "rises with the teacher's fit" in output
+
+
+def test_a_teacher_without_the_state_is_named(finished):
+    folder, _ = finished
+    process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 1, cwd=folder)
+    one_line_error(process, "snapshot-2.pt", "--snapshot-at 0.25")
+    one_line_error(run_cli("when_it_pays.py", *TINY, "--teacher", "x", cwd=folder), "leave out --teacher")
