@@ -75,15 +75,19 @@ def test_grid_holds_what_the_paper_has():
     nets = ("resnet56", "resnet20", "mobilenetv2")
     data = ("cifar10", "cifar100", "cifar100-noisy", "tiny-imagenet")
     assert {f"image/{d}/{t}-{s}" for d in data for t in nets for s in nets} <= set(names)
-    tasks, students = ("cola", "sst-2", "mrpc", "rte", "qnli", "qqp", "mnli"), ("roberta-base", "distilroberta-base")
+    of_imagenet = ("resnet50-resnet50", "resnet50-resnet18", "resnet18-resnet18")
+    assert {f"image/imagenet/{pair}" for pair in of_imagenet} <= set(names)
+    tasks = ("mnli", "imdb", "qqp", "ag_news", "cola", "sst-2", "mrpc", "rte", "qnli")
+    students = ("roberta-base", "distilroberta-base", "small")
     assert {f"language/{task}/roberta-base-{s}" for task in tasks for s in students} <= set(names)
+    assert set(tasks) <= set(glue_distill.TASKS)
     sections = {"image", "language", "switching", "eigenspace", "denoising"}
     assert {name.partition("/")[0] for name in names} == sections and len(set(names)) == len(names)
     # A teacher and a control are trained by one command wherever they are needed.
     trained = {
         tuple(w) for entry in entries for w in entry.commands if w[0] in ("train_teacher.py", "train_student.py")
     }
-    assert len(trained) == len({words[words.index("--out") + 1] for words in trained}) == 4 * (3 + 3 + 9)
+    assert len(trained) == len({words[words.index("--out") + 1] for words in trained}) == 4 * (3 + 3 + 9) + (2 + 2 + 3)
     noisy = [words for entry in entries if "noisy" in entry.name for words in entry.commands]
     assert all("0.2" in words for words in noisy if words[0] != "analyze_deviation.py")
     some = [entry.name for entry in entries_of("--only", "cifar10/", "switching/")]
@@ -113,6 +117,14 @@ def test_run_folders_are_those_of_the_scripts():
     folders = glue_distill.run_folders(flags, "runs/cola", 3, models)
     assert folders_of([language]) == {run for what, run in folders.items() if not what.endswith(" mlm")}
 
+    of_cpu = entries_of("--recipe", "cpu", "--seeds", 3, "--only", "cifar100/resnet20", "sst-2")
+    args.direction, flags.teacher, flags.student = ["onehot2kd"], "4x256", ["4x256"]
+    folders, trunks = switch_distill.run_folders("runs/cpu-cifar100-resnet20", args, 3, {0: 0, 0.5: 5, 1: 10}, 10)
+    teacher = Path("runs/cpu-cifar100-resnet20-teacher-s3")
+    assert folders_of(of_cpu[:1]) == {*folders.values(), *trunks.values(), teacher}
+    flags.mode, flags.switch_at = ["onehot", "kd", "onehot2kd"], [0.5]
+    assert folders_of(of_cpu[1:]) == set(glue_distill.run_folders(flags, "runs/cpu-sst-2", 3, {}).values())
+
 
 def test_scripts_take_the_commands_of_the_grid(monkeypatch):
     class Parsed(Exception):
@@ -124,14 +136,61 @@ def test_scripts_take_the_commands_of_the_grid(monkeypatch):
         parse_args(parser, argv)
         raise Parsed
 
-    several = ["--only", "/cifar100", "cola", "digits", "--seeds", "0", "3"]
+    several = ["--only", "/cifar100", "imagenet/", "cola", "digits", "--seeds", "0", "3"]
     entries = entries_of(*several) + entries_of(*several, "--shard", "0/2")
+    entries += entries_of("--recipe", "cpu") + entries_of("--recipe", "cpu", "--shard", "0/2")
     monkeypatch.setattr(runs.Parser, "parse_args", parse)
     commands = {tuple(words) for entry in entries for words in entry.commands}
     assert len({words[0] for words in commands}) == 7
     for words in commands:
         with pytest.raises(Parsed):
             importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
+
+
+def test_imagenet_is_read_from_the_data_folder():
+    (entry,) = entries_of("--data-dir", "my data", "--seeds", 0, "--only", "imagenet/resnet50-resnet18")
+    assert [words[0] for words in entry.commands[:3]] == ["train_teacher.py", "train_student.py", "train_student.py"]
+    for words, arch in zip(entry.commands, ("resnet50", "resnet18", "resnet18"), strict=False):
+        flags = {words[k]: words[k + 1] for k in range(1, len(words) - 1)}
+        assert (flags["--data"], flags["--arch"]) == ("folder:my data/imagenet", f"torchvision:{arch}")
+        assert flags["--image-size"] == "224" and flags["--recipe"] == "paper"
+    assert {run.flags.epochs for run in entry.runs} == {90} and {run.flags.batch_size for run in entry.runs} == {1024}
+
+
+def test_the_cpu_recipe_lists_its_entries_in_order(capsys):
+    entries = entries_of("--recipe", "cpu")
+    names = ["cifar100/resnet20", "cifar100-noisy/resnet20", "cifar100/resnet56-resnet20"]
+    names = [f"image/{name}" for name in (*names, "cifar100/resnet56-mobilenetv2", "cifar10/resnet20")]
+    assert [e.name for e in entries] == [*names, "language/sst-2/4x256-4x256", "image/tiny-imagenet/resnet20"]
+    assert [len(entry.seeds) for entry in entries] == [2, 2, 1, 1, 2, 2, 1]
+    by_name = {entry.name.partition("/")[2]: entry for entry in entries}
+    commands = {name: [" ".join(words) for words in entry.commands] for name, entry in by_name.items()}
+
+    for name in ("cifar100", "cifar100-noisy", "cifar10", "tiny-imagenet"):
+        train, draw = commands[f"{name}/resnet20"]
+        assert train.startswith(f"switch_distill.py --data {name.removesuffix('-noisy')} ")
+        assert "--direction onehot2kd --switch-at 0 0.5 1 " in train and train.endswith(" --jobs 2")
+        assert f"--out runs/cpu-{name}-resnet20 --results results/cpu/image/{name}/resnet20/fig1b " in train
+        assert f"--out results/cpu/image/{name}/resnet20/fig1a " in draw and draw.startswith("analyze_deviation.py ")
+        assert f"--teacher runs/cpu-{name}-resnet20-teacher-s0 " in draw
+        assert ("--label-noise 0.2 " in train) == (name == "cifar100-noisy")
+        flags = by_name[f"{name}/resnet20"].runs[0].flags
+        assert (flags.subset, flags.batch_size) == (0 if name == "tiny-imagenet" else 10_000, 128)
+        assert (flags.recipe, flags.epochs) == ("quick", paper.CPU[name])
+    teacher, control, kd, draw = commands["cifar100/resnet56-mobilenetv2"]
+    assert teacher.startswith("train_teacher.py") and "--arch resnet56 " in teacher
+    assert "--kd-weight 0 --ce-weight 1 " in control and "--arch mobilenetv2 " in control
+    assert "--teacher runs/cpu-cifar100-resnet56-teacher-s{seed} " in kd and "/resnet56-mobilenetv2/fig1a " in draw
+    (text,) = commands["sst-2/4x256-4x256"]
+    assert text.startswith("glue_distill.py --task sst-2 --teacher 4x256 --student 4x256 --mode onehot kd onehot2kd ")
+    # The one-hot control of the first entry serves the pair with another teacher too.
+    shared = folders_of([by_name["cifar100/resnet20"]]) & folders_of([by_name["cifar100/resnet56-resnet20"]])
+    assert shared == {Path("runs/cpu-cifar100-resnet20-onehot-s0")}
+    assert [e.name for e in entries_of("--recipe", "cpu", "--only", "image/cifar100/resnet20")] == names[:1]
+    assert {tuple(entry.seeds) for entry in entries_of("--recipe", "cpu", "--seeds", 7)} == {(7,)}
+
+    paper.main(["--recipe", "cpu", "--device", "cpu", "--dry-run", "--only", "sst-2"])
+    assert "results/cpu/language/sst-2/4x256-4x256/4x256/switch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", (2, 5, 40))
@@ -144,7 +203,11 @@ def test_shards_share_no_run_and_leave_none_out(n):
     for entry in itertools.chain(*shards):
         for words in entry.commands:  # each trains the one seed whose runs the entry has, and draws nothing
             assert words[-2:] == ["--shard", f"{[0, 3].index(int(entry.name[-1]))}/2"] and "analyze" not in words[0]
-        assert {str(run.folder)[-3:] for run in entry.runs} <= {f"-s{entry.name[-1]}"} and entry.results is None
+        assert {str(run.folder)[-3:] for run in entry.runs} <= {f"-s{entry.name[-1]}"} and not entry.results
+    of_cpu = [entries_of("--recipe", "cpu", "--shard", f"{i}/{n}") for i in range(n)]  # entries of one seed and of two
+    folders = [folders_of(shard) for shard in of_cpu]
+    assert not any(one & other for one, other in itertools.combinations(folders, 2))
+    assert set().union(*folders) == folders_of(entries_of("--recipe", "cpu"))
 
 
 # ---------------------------------------------------------------- training and states
@@ -155,7 +218,7 @@ def test_an_entry_is_trained_as_planned_and_again_nothing(gridded, monkeypatch, 
     (entry,) = entries_of(*TINY, *ENTRY)
     assert {path for path in Path("runs").iterdir()} == folders_of([entry]) and len(entry.runs) == 3
     assert {paper.state(run) for run in entry.runs} == {("finished", 2)} and paper.is_done(entry)
-    deviation = runs.read_json("results/paper/image/cifar10/resnet20-mobilenetv2-quick/deviation.json")
+    deviation = runs.read_json("results/quick/image/cifar10/resnet20-mobilenetv2/fig1a/deviation.json")
     assert deviation["seeds"] == 1 and "control" in deviation["tables"]["test"]["predicted"]
     before = files_below(".")
     assert train(*TINY, *ENTRY) == [] and files_below(".") == before
@@ -165,18 +228,18 @@ def test_an_entry_is_trained_as_planned_and_again_nothing(gridded, monkeypatch, 
     commands = train(*TINY, "--only", "image/cifar10/resnet20-resnet20", "--shard", "0/9")
     assert [words[0] for words in commands] == ["train_teacher.py", "train_student.py", "train_student.py"]
     assert files_below("runs/cifar10-resnet20-quick-teacher-s0") == teacher and len(list(Path("runs").iterdir())) == 5
-    assert not Path("results/paper/image/cifar10/resnet20-resnet20-quick").exists()
+    assert not Path("results/quick/image/cifar10/resnet20-resnet20").exists()
 
 
 def test_a_figure_is_drawn_again_when_a_run_is_newer(gridded, monkeypatch):
     monkeypatch.chdir(gridded)
     (entry,) = entries_of(*TINY, *ENTRY)
-    logits, claims = entry.runs[-1].folder / "logits.npz", entry.results / "claims.json"
+    logits, claims = entry.runs[-1].folder / "logits.npz", entry.results[0] / "claims.json"
     for later, done in ((10**9, False), (-(10**9), True)):
         time = claims.stat().st_mtime_ns + later
         os.utime(logits, ns=(time, time))
         assert paper.is_done(entry) == done
-    assert not paper.is_done(entry._replace(results=Path("results/other")))
+    assert not paper.is_done(entry._replace(results=[*entry.results, Path("results/other")]))
 
 
 def test_dry_run_says_states_and_times_and_writes_nothing(gridded, tmp_path, monkeypatch, capsys):
@@ -222,6 +285,39 @@ def test_estimate_counts_steps_images_and_what_is_left(tmp_path, monkeypatch):
     assert paper.state(started) == ("at epoch 150 of 450", 150)
     assert paper.seconds_left(started) == pytest.approx(whole * 2 / 3)
     assert paper.seconds_left(started._replace(flags=None)) is None and paper.in_words(None) == "not estimated"
+
+
+# ---------------------------------------------------------------- results to keep
+
+
+def test_keep_writes_what_is_finished_and_nothing_else(gridded, monkeypatch, capsys):
+    monkeypatch.chdir(gridded)
+    tiny = ["--recipe", "cpu", "--seeds", 0, *TINY[4:], "--only", "image/cifar10/resnet20"]
+    assert len(train(*tiny)) == 2
+    assert {path.name for path in Path("results/cpu/image/cifar10/resnet20").iterdir()} == {"fig1a", "fig1b"}
+    before = files_below(".")
+    assert train(*tiny[:-2], "--keep", "docs/results") == []
+    after = files_below(".")
+    name = Path("docs/results/image-cifar10-resnet20.json")
+    assert after.keys() - before.keys() == {name} and before.items() <= after.items()
+    assert "image/cifar100/resnet20: not finished" in capsys.readouterr().out
+
+    kept = runs.read_json(name)
+    folders = {what: f"runs/cpu-cifar10-resnet20-{what}-s0" for what in ("teacher", "onehot", "kd", "onehot2kd-0.5")}
+    measured = {what: [runs.last_metrics(run)["test_acc"]] for what, run in folders.items()}
+    assert kept["test_accuracy"] == {what: pytest.approx(accuracy) for what, accuracy in measured.items()}
+    assert kept["seeds"] == [0] and len(kept["train_accuracy"]["teacher"]) == 1
+    assert kept["teacher"] == "resnet20" and kept["flags_of_student"]["epochs"] == 2
+    assert kept["data"]["name"] == "cifar10" and "class_names" not in kept["data"]
+    spent = {what: [line["seconds"] for line in runs.read_metrics(run)] for what, run in folders.items()}
+    spent["onehot2kd-0.5"] = spent["onehot2kd-0.5"][1:]  # the epoch before is its trunk's
+    assert kept["training_seconds"] == pytest.approx(sum(map(sum, spent.values())))
+    for figure in ("fig1a", "fig1b"):
+        claims = runs.read_json(f"results/cpu/image/cifar10/resnet20/{figure}/claims.json")
+        found = [row for row in kept["claims"] if row["figure"] == figure]
+        assert [row["claim"] for row in found] == [row["claim"] for row in claims]
+        assert all(row.keys() == {"figure", "claim", "measured", "low", "high", "verdict"} for row in found)
+    assert {"hardware", "torch"} <= kept["versions"].keys()
 
 
 # ---------------------------------------------------------------- failures and signals

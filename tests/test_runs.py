@@ -127,15 +127,14 @@ def test_numbers_and_shards_within_their_limits():
 
 
 def test_reading_names_what_is_read_and_the_fix():
-    for error in (ValueError("bad"), KeyError("x"), OSError("short"), RuntimeError("odd"), EOFError()):
+    for error in (ValueError("bad"), KeyError("x"), OSError("short"), RuntimeError("odd"), EOFError(), MemoryError()):
         with pytest.raises(runs.InputError, match=r"^the file cannot be read \(.+\): make it again$"):
             with runs.reading("the file", "make it again"):
                 raise error
     with pytest.raises(runs.InputError, match="^absent.json does not exist: restore it"):
         runs.read_json("absent.json")
-    for error in (MemoryError, KeyboardInterrupt):  # no fault of the file
-        with pytest.raises(error), runs.reading("the file"):
-            raise error
+    with pytest.raises(KeyboardInterrupt), runs.reading("the file"):  # no fault of the file
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- files
