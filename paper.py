@@ -3,14 +3,15 @@
     python paper.py --dry-run                               # every run, its state, and the time that it takes here
     python paper.py --recipe short --only image/cifar100/   # a part, by the names that --dry-run prints
     python paper.py --shard 0/4                             # a quarter of the training, without figures
-    python paper.py                                         # all that is missing, and the figures
+    python paper.py --recipe cpu                            # a grid of its own, for two cores; then, to publish it:
+    python paper.py --recipe cpu --keep docs/results        # a small JSON of each finished entry
 
 The grid stands below, to be edited there. A run folder is trained once: entries share teachers, controls and students.
 Interrupted, the same command goes on; an entry that fails is named at the end (exit code 1). A figure is drawn again
 when one of its runs is newer. Shards need only the same flags and one --runs folder: all runs of a dataset (or task)
 and a seed belong to one of them. Let one shard fetch the data first; when all are done, the command without --shard
 draws. --dry-run needs no data and writes nothing: it times a few steps of each network on random images.
-The whole grid has not been run by its authors.
+The paper's whole grid has not been run by its authors.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import benchmark
+import claims
 import common
 import engine
 import runs
@@ -37,16 +39,25 @@ IMAGES = {
     "cifar100": "--data cifar100",
     "cifar100-noisy": "--data cifar100 --label-noise 0.2",
     "tiny-imagenet": "--data tiny-imagenet",
+    # A folder, or a link to one, with train/<class>/ and val/<class>/. Assumption: the usual 90 epochs (Goyal et al.
+    # 2017), with batch and warm-up of the recipe. Departure: shifted and mirrored views of one centre crop instead of
+    # crops of random size.
+    "imagenet": "--data folder:{data_dir}/imagenet --image-size 224 --epochs 90 --lr 0.4 --schedule step "
+    "--milestones 30 60 80 --weight-decay 1e-4",
 }
 # (teacher, student): self-distillation and every cross pair. Assumption: the paper reports 18 image settings; which
 # cross pairs are among them could not be checked.
 NETWORKS = ("resnet56", "resnet20", "mobilenetv2")
 PAIRS = [(teacher, student) for teacher in NETWORKS for student in NETWORKS]
+IMAGENET = [(f"torchvision:resnet{one}", f"torchvision:resnet{two}") for one, two in ((50, 50), (50, 18), (18, 18))]
 
-# §3.1, language. Departure: the paper's RoBERTa-medium and -small are the authors' own and not public; DistilRoBERTa
-# stands for the smaller student.
-TASKS = ("cola", "sst-2", "mrpc", "rte", "qnli", "qqp", "mnli")
-LANGUAGE_PAIRS = [("roberta-base", "roberta-base"), ("roberta-base", "distilroberta/distilroberta-base")]
+# §3.1, language: the tasks of the published version, then those of the ICLR version and QNLI. Departure: texts are cut
+# at 128 tokens, IMDB's too, unless --glue-extra="--max-length 512".
+TASKS = ("mnli", "imdb", "qqp", "ag_news", "cola", "sst-2", "mrpc", "rte", "qnli")
+# Departure: the paper's RoBERTa-medium and -small are the authors' own and not public. DistilRoBERTa stands for medium;
+# a model from scratch, pretrained on the task's own sentences alone, stands for small. Assumption: these pairs.
+MEDIUM, SMALL = "distilroberta/distilroberta-base", "small"
+LANGUAGE_PAIRS = [("roberta-base", student) for student in ("roberta-base", MEDIUM, SMALL)]
 
 # §3.2: (dataset, network), switched both ways at these shares of training. Assumption: these two datasets.
 SWITCHING = [("cifar100", "resnet56"), ("tiny-imagenet", "resnet56")]
@@ -59,14 +70,36 @@ EIGENSPACE = {"digits": "--data digits", "cifar10": "--data cifar10 --subset 100
 DENOISING = [("cifar100", "resnet20"), ("cifar100-noisy", "resnet20")]
 DENOISE_AT, DENOISE_POINTS = (0.05, 0.25, 0.5), 512
 
+# --recipe cpu: epochs of each dataset, the shortest of 50, 100, 150, 200 … epochs after which the teacher fits at least
+# 90% of its training labels, noisy ones included; nothing else is looked at.
+CPU = {"cifar100": 100, "cifar100-noisy": 100, "cifar10": 100, "tiny-imagenet": 100}
+
 
 def grid(args):
     """[Entry]: all of the above, in the paper's order."""
-    found = [image(args, data, *pair) for data in IMAGES for pair in PAIRS]
+    found = [image(args, data, *pair) for data in IMAGES for pair in (IMAGENET if data == "imagenet" else PAIRS)]
     found += [language(args, task, *pair) for task in TASKS for pair in LANGUAGE_PAIRS]
     found += [switching(args, *setting) for setting in SWITCHING]
     found += [eigenspace(args, name) for name in EIGENSPACE]
     return found + [denoising(args, *setting) for setting in DENOISING]
+
+
+def cpu_grid(args):
+    """[Entry]: --recipe cpu, in this order, with two seeds or one unless --seeds says others.
+
+    Departures from the paper: 10,000 images (of Tiny-ImageNet all, of the classes that its prepared copy holds),
+    learning rate and schedule of the quick recipe, and a RoBERTa of 4 layers from scratch.
+    """
+    one, two = (argparse.Namespace(**vars(args) | dict(seeds=args.seeds or seeds)) for seeds in ([0], [0, 1]))
+    return [
+        switching(two, "cifar100", "resnet20"),
+        switching(two, "cifar100-noisy", "resnet20"),
+        image(one, "cifar100", "resnet56", "resnet20"),
+        image(one, "cifar100", "resnet56", "mobilenetv2"),
+        switching(two, "cifar10", "resnet20"),
+        language(two, "sst-2", "4x256", "4x256"),
+        switching(one, "tiny-imagenet", "resnet20"),
+    ]
 
 
 # ---------------------------------------------------------------- from the grid to commands
@@ -76,6 +109,7 @@ class Run(NamedTuple):
     """A run folder, and what its time depends on."""
 
     folder: Path
+    what: str  # teacher, onehot, kd, onehot2kd-0.5, …
     seed: int
     flags: argparse.Namespace | None = None  # as in its config.json; None for text, whose time is not estimated
     teacher: str | None = None  # its teacher's architecture
@@ -83,13 +117,13 @@ class Run(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One setting of the paper. Entries of other groups share no run folder."""
+    """One setting of the paper. Entries share run folders only where the second part of their names is the same."""
 
     name: str
-    group: str
+    seeds: list
     commands: list  # of words; all but analyze_deviation.py train
     runs: list
-    results: Path | None  # where the last command draws
+    results: list  # folders in which the commands leave claims.json
 
 
 def short(name):
@@ -99,8 +133,13 @@ def short(name):
 
 def base(args, data, teacher, student=None):
     """What the names of run folders begin with; the Makefile's are the same."""
-    networks = dict.fromkeys([short(teacher), short(student or teacher)])
-    return f"{args.runs}/{data}-{'-'.join(networks)}-{args.recipe}"
+    name = "-".join([data, *dict.fromkeys([short(teacher), short(student or teacher)])])
+    return f"{args.runs}/cpu-{name}" if args.recipe == "cpu" else f"{args.runs}/{name}-{args.recipe}"
+
+
+def seeded(args, prefix, what, *more):
+    """[Run]: <prefix>-<what>-s<seed> of every seed."""
+    return [Run(Path(f"{prefix}-{what}-s{seed}"), what, seed, *more) for seed in args.seeds]
 
 
 def shared_words(args):
@@ -109,7 +148,12 @@ def shared_words(args):
 
 def image_words(args, data, arch):
     """The flags that all commands of a dataset and network share."""
-    return [*args.extra, *IMAGES[data].split(), "--arch", arch, "--recipe", args.recipe, "--quiet", *shared_words(args)]
+    words = [word.format(data_dir=args.data_dir) for word in IMAGES[data].split()]
+    words += ["--arch", arch, "--recipe", "quick" if args.recipe == "cpu" else args.recipe]
+    if args.recipe == "cpu":
+        words += ["--epochs", str(CPU[data]), "--batch-size", "128"]
+        words += [] if data == "tiny-imagenet" else ["--subset", "10000"]
+    return [*words, *args.extra, "--quiet", *shared_words(args)]
 
 
 @functools.cache
@@ -125,92 +169,104 @@ def settings(words):
 
 def three(args, data, teacher, student):
     """The commands that train a teacher, the one-hot control and the student, and the run folders of each."""
-    of_teacher = f"{base(args, data, teacher)}-teacher-s{{seed}}"
+    of_teacher = base(args, data, teacher)
     # States that switching and denoising, which are of self-distillation, go on from.
     shares = SWITCH_AT * ((data, student) in SWITCHING) + DENOISE_AT * ((data, student) in DENOISING)
-    kept = ["--snapshot-at", *map(str, shares)] if shares else []
+    kept = ["--snapshot-at", *map(str, shares)] if shares and args.recipe != "cpu" else []
     one_hot = ["--kd-weight", "0", "--ce-weight", "1", *kept]
-    distilled = ["--teacher", of_teacher, *(kept if teacher == student else [])]
+    distilled = ["--teacher", f"{of_teacher}-teacher-s{{seed}}", *(kept if teacher == student else [])]
     commands, found = [], []
-    for script, arch, more, above, name in (
-        ("train_teacher.py", teacher, [], None, of_teacher),
-        ("train_student.py", student, one_hot, None, f"{base(args, data, student)}-onehot-s{{seed}}"),
-        ("train_student.py", student, distilled, teacher, f"{base(args, data, teacher, student)}-kd-s{{seed}}"),
+    for script, arch, more, above, prefix, what in (
+        ("train_teacher.py", teacher, [], None, of_teacher, "teacher"),
+        ("train_student.py", student, one_hot, None, base(args, data, student), "onehot"),
+        ("train_student.py", student, distilled, teacher, base(args, data, teacher, student), "kd"),
     ):
         words = image_words(args, data, arch)
-        commands.append([script, *words, *more, "--out", name])
-        flags = settings(tuple(words))
-        found += [Run(Path(name.replace("{seed}", str(seed))), seed, flags, above) for seed in args.seeds]
+        commands.append([script, *words, *more, "--out", f"{prefix}-{what}-s{{seed}}"])
+        found += seeded(args, prefix, what, settings(tuple(words)), above)
     return commands, found
+
+
+def deviation(args, data, pair, found, results):
+    """The command that draws Figure 1a of the run folders `found`."""
+    title = f"{data}, {' → '.join(pair)}, {args.recipe} recipe, {len(args.seeds)} seed(s)"
+    words = ["analyze_deviation.py", "--title", title, "--out", str(results)]
+    for flag, what in (("--teacher", "teacher"), ("--control", "onehot"), ("--student", "kd")):
+        words += [flag, *(str(run.folder) for run in found if run.what == what)]
+    return words
 
 
 def image(args, data, teacher, student):
     entry = f"image/{data}/{short(teacher)}-{short(student)}"
     commands, found = three(args, data, teacher, student)
-    results, count = Path(args.results) / f"{entry}-{args.recipe}", len(args.seeds)
-    title = f"{data}, {teacher} → {student}, {args.recipe} recipe, {count} seed(s)"
-    drawing = ["analyze_deviation.py", "--title", title, "--out", str(results)]
-    for k, flag in enumerate(("--teacher", "--control", "--student")):
-        drawing += [flag, *(str(run.folder) for run in found[k * count : (k + 1) * count])]
-    return Entry(entry, data, [*commands, drawing], found, results)
-
-
-def language(args, task, teacher, student):
-    one, two, prefix = short(teacher), short(student), f"{args.runs}/{task}"
-    entry = f"language/{task}/{one}-{two}"
-    words = ["glue_distill.py", *args.glue_extra, "--task", task, "--teacher", teacher, "--student", student]
-    words += ["--mode", "onehot", "kd", "--quiet", *shared_words(args), "--out", prefix]
-    names = (f"{one}-teacher", f"{two}-onehot", f"{one}-{two}-kd")
-    found = [Run(Path(f"{prefix}-{name}-s{seed}"), seed) for name in names for seed in args.seeds]
-    results = Path(args.results) / entry
-    return Entry(entry, task, [[*words, "--results", str(results)]], found, results)
+    results = Path(args.results, entry, "fig1a")
+    drawing = deviation(args, data, (teacher, student), found, results)
+    return Entry(entry, args.seeds, [*commands, drawing], found, [results])
 
 
 def switching(args, data, arch):
-    entry, prefix = f"switching/{data}/{short(arch)}", base(args, data, arch)
-    commands, found = three(args, data, arch, arch)
-    for seed in args.seeds:
-        for share in SWITCH_AT:
-            for direction, teacher in (("onehot2kd", arch), ("kd2onehot", None)):
-                folder = Path(f"{prefix}-{direction}-{share:g}-s{seed}")
-                found.append(Run(folder, seed, found[0].flags, teacher, 1 - share))
-    results = Path(args.results) / f"{entry}-{args.recipe}"
-    words = ["switch_distill.py", *image_words(args, data, arch)]
-    words += ["--switch-at", "0", *map(str, SWITCH_AT), "1", "--out", prefix, "--results", str(results)]
-    return Entry(entry, data, [*commands, words], found, results)
+    """Figure 1b of self-distillation; of the cpu recipe with Figure 1a, and one switch at half time."""
+    cpu, prefix, (_, found) = args.recipe == "cpu", base(args, data, arch), three(args, data, arch, arch)
+    directions, shares = (["onehot2kd"], [0.5]) if cpu else (["onehot2kd", "kd2onehot"], SWITCH_AT)
+    for direction in directions:
+        above = arch if direction == "onehot2kd" else None  # of the branch
+        for share in shares:
+            found += seeded(args, prefix, f"{direction}-{share:g}", found[0].flags, above, 1 - share)
+    entry = f"{'image' if cpu else 'switching'}/{data}/{short(arch)}"
+    fig1a, fig1b = (Path(args.results, entry, figure) for figure in ("fig1a", "fig1b"))
+    words = ["switch_distill.py", *image_words(args, data, arch), "--direction", *directions]
+    words += ["--switch-at", "0", *map(str, shares), "1", "--out", prefix, "--results", str(fig1b)]
+    if not cpu:
+        return Entry(entry, args.seeds, [words], found, [fig1b])
+    drawing = deviation(args, data, (arch, arch), found, fig1a)
+    return Entry(entry, args.seeds, [[*words, "--jobs", "2"], drawing], found, [fig1a, fig1b])
+
+
+def language(args, task, teacher, student):
+    one, two, cpu = short(teacher), short(student), args.recipe == "cpu"
+    entry, prefix = f"language/{task}/{one}-{two}", f"{args.runs}/{'cpu-' if cpu else ''}{task}"
+    results = Path(args.results, entry)
+    words = ["glue_distill.py", "--task", task, "--teacher", teacher, "--student", student, "--mode", "onehot", "kd"]
+    words += ["onehot2kd", "--jobs", "2"] if cpu else []
+    words += [*args.glue_extra, "--quiet", *shared_words(args), "--out", prefix, "--results", str(results)]
+    found = seeded(args, f"{prefix}-{one}", "teacher") + seeded(args, f"{prefix}-{two}", "onehot")
+    found += seeded(args, f"{prefix}-{one}-{two}", "kd")
+    found += seeded(args, f"{prefix}-{one}-{two}", "onehot2kd-0.5", None, None, 0.5) if cpu else []
+    return Entry(entry, args.seeds, [words], found, [results / two, *([results / two / "switch"] if cpu else [])])
 
 
 def eigenspace(args, name):
     entry = f"eigenspace/{name}"
-    results = Path(args.results) / entry
+    results = Path(args.results, entry)
     words = ["eigenspace.py", *EIGENSPACE[name].split(), *shared_words(args), "--out", str(results)]
-    return Entry(entry, entry, [words], [], results)
+    return Entry(entry, args.seeds, [words], [], [results])
 
 
 def denoising(args, data, arch):
     entry, prefix = f"denoising/{data}/{short(arch)}", base(args, data, arch)
     commands, found = three(args, data, arch, arch)
-    found += [Run(Path(f"{prefix}-smooth-s{seed}"), seed, found[0].flags) for seed in args.seeds]
-    results = Path(args.results) / f"{entry}-{args.recipe}"
+    found += seeded(args, prefix, "smooth", found[0].flags)
+    results = Path(args.results, entry)
     words = ["denoise_gradients.py", *image_words(args, data, arch), "--points", str(DENOISE_POINTS)]
     words += ["--percents", *(f"{100 * share:g}" for share in DENOISE_AT), "--out", str(results)]
     for what in ("teacher", "onehot", "kd", "smooth"):
         words += [f"--{what}", f"{prefix}-{what}-s{{seed}}"]
-    return Entry(entry, data, [*commands, words], found, results)
+    return Entry(entry, args.seeds, [*commands, words], found, [results])
 
 
-def part_of(args, entries):
+def part_of(shard, entries):
     """The entries of --shard i/n, one for each seed that it has of them, without what is drawn of all seeds."""
-    first, every = args.shard
-    count, found = len(args.seeds), []
-    units = [(group, k) for group in dict.fromkeys(entry.group for entry in entries) for k in range(count)]
-    for group, k in units[first::every]:
+    first, every = shard
+    units = dict.fromkeys((entry.name.split("/")[1], seed) for entry in entries for seed in entry.seeds)
+    found = []
+    for data, seed in list(units)[first::every]:
         for entry in entries:
-            if entry.group == group:
-                shard = ["--shard", f"{k}/{max(2, count)}"]  # the scripts take a shard to draw nothing, so 0/1 is none
-                commands = [[*words, *shard] for words in entry.commands if words[0] != "analyze_deviation.py"]
-                mine = [run for run in entry.runs if run.seed == args.seeds[k]]
-                found.append(Entry(f"{entry.name}, seed {args.seeds[k]}", group, commands, mine, None))
+            if entry.name.split("/")[1] == data and seed in entry.seeds:
+                # The scripts take a shard to draw nothing, so 0/1 is none.
+                words = ["--shard", f"{entry.seeds.index(seed)}/{max(2, len(entry.seeds))}"]
+                commands = [[*command, *words] for command in entry.commands if command[0] != "analyze_deviation.py"]
+                mine = [run for run in entry.runs if run.seed == seed]
+                found.append(Entry(f"{entry.name}, seed {seed}", [seed], commands, mine, []))
     return found
 
 
@@ -237,14 +293,14 @@ def state(run):
 
 
 def is_done(entry):
-    """Whether nothing is left to do: all runs finished and, where it draws, the claims not older than any of them."""
-    if any(state(run)[0] != "finished" for run in entry.runs):
+    """Whether nothing is left to do: all runs finished and, where it draws, no claims older than any of them."""
+    drawn = [folder / "claims.json" for folder in entry.results]
+    if any(state(run)[0] != "finished" for run in entry.runs) or not all(file.exists() for file in drawn):
         return False
-    if entry.results is None:
+    if not drawn:
         return bool(entry.runs)  # a script without run folders decides itself
-    drawn = [file.stat().st_mtime_ns for file in entry.results.rglob("claims.json")]
-    trained = [(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs]
-    return bool(drawn) and min(drawn) >= max(trained, default=0)
+    newest = max([(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs], default=0)
+    return min(file.stat().st_mtime_ns for file in drawn) >= newest
 
 
 def seconds_left(run):
@@ -277,14 +333,49 @@ def dry_run(entries):
             if run.folder not in states:
                 states[run.folder], left[run.folder] = state(run)[0], seconds_left(run)
                 print(f"  {str(run.folder):72}  {states[run.folder]:18}  {in_words(left[run.folder])}", flush=True)
-        if entry.results:
-            print(f"  {str(entry.results):72}  {'drawn' if is_done(entry) else 'not drawn'}")
+        for folder in entry.results:
+            print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
     known = [seconds for seconds in left.values() if seconds is not None]
     finished = sum(text == "finished" for text in states.values())
     print(f"{len(entries)} entries, {len(states)} runs, {finished} finished; {in_words(sum(known))} left")
-    print(
-        f"Times: one run after the other on this device; {len(left) - len(known)} runs and all measuring not estimated"
-    )
+    unknown = f"{len(left) - len(known)} runs and all measuring not estimated"
+    print(f"Times: one run after the other on this device; {unknown}")
+
+
+# ---------------------------------------------------------------- results to keep
+
+
+def keep(folder, entries):
+    """Write folder/<entry>.json for each finished entry, from its run folders and claims alone.
+
+    Accuracies are shares, one for each seed; seconds are of all runs, masked-language pretraining aside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        if not entry.runs or not is_done(entry):
+            print(f"{entry.name}: not finished")
+            continue
+        configs, accuracy, seconds, rows = {}, dict(test={}, train={}), 0.0, []
+        for run in entry.runs:
+            configs[run.what] = runs.read_config(run.folder)
+            arrays = runs.read_npz(run.folder / "logits.npz", engine.LOGITS)
+            for split, found in accuracy.items():
+                hits = arrays[f"{split}_logits"].argmax(1) == arrays[f"{split}_labels"]
+                found.setdefault(run.what, []).append(float(hits.mean()))
+            lines = runs.read_metrics(run.folder)  # a branch's begin with those of its trunk
+            seconds += sum(line["seconds"] for line in lines[round((1 - run.share) * len(lines)) :])
+        for file in (results / "claims.json" for results in entry.results):
+            for row in claims.checked_claims(runs.read_json(file), file):
+                said = {key: row[key] for key in ("claim", "measured", "low", "high", "verdict")}
+                rows.append(dict(figure=file.parent.name, **said))
+        student = configs["kd"]
+        flags = {key: value for key, value in student["flags"].items() if key not in runs.NOT_COMPARED}
+        facts = {key: value for key, value in student["data"].items() if key != "class_names"}
+        kept = dict(entry=entry.name, teacher=configs["teacher"]["arch"], flags_of_student=flags, data=facts)
+        kept |= dict(seeds=entry.seeds, test_accuracy=accuracy["test"], train_accuracy=accuracy["train"], claims=rows)
+        file = folder / f"{entry.name.replace('/', '-')}.json"
+        runs.write_json(file, dict(kept, training_seconds=seconds, versions=student["versions"]))
+        print(f"{entry.name}: {file}")
 
 
 # ---------------------------------------------------------------- running
@@ -315,7 +406,7 @@ def execute(words):
 def more_flags(text):
     """argparse type of more flags in one string."""
     words = shlex.split(text)
-    taken = "data label-noise arch task teacher student mode out results recipe seeds seed data-dir device".split()
+    taken = "data label-noise arch task teacher student mode out results recipe seeds seed data-dir device jobs".split()
     wrong = {word.partition("=")[0] for word in words} & {f"--{name}" for name in taken}
     if wrong:
         raise argparse.ArgumentTypeError(f"{min(wrong)} is set by the grid of paper.py: edit it there")
@@ -326,26 +417,36 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print every run, its state and its estimated time here, and stop")
-    recipe = "recipe of the image runs; language has one of its own"
-    add("--recipe", choices=("paper", "short", "quick"), default="paper", help=recipe)
-    add("--seeds", type=runs.number(int, 0), nargs="+", default=[0, 1, 2], help="every entry is trained for each")
+    add("--keep", metavar="DIR", help="write a small JSON of each finished entry into this folder, and stop")
+    recipe = "recipe of the image runs, language has one of its own; cpu: the grid for two cores"
+    add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help=recipe)
+    seeds = "every entry is trained for each (default: 0 1 2; of the cpu recipe as its grid says)"
+    add("--seeds", type=runs.number(int, 0), nargs="+", default=[], help=seeds)
     only = "only entries whose names contain one of these, such as switching/ or /cifar100/resnet56-"
     add("--only", nargs="+", default=[], help=only)
     add("--shard", type=runs.shard, help="i/n: train the i-th (from 0) of n parts that share no run folder")
     add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
     add("--runs", default="runs", help="folder of the run folders")
-    add("--results", default="results/paper", help="folder for figures, tables and claims")
+    add("--results", help="folder for figures, tables and claims (default: results/<recipe>)")
     common.add_device_flag(parser)
     extra = 'more flags for all image runs, of train_teacher.py: --extra="--epochs 1 --subset 200"'
     add("--extra", type=more_flags, default=[], help=extra)
     add("--glue-extra", type=more_flags, default=[], help="more flags for glue_distill.py, likewise")
     args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
-    entries = [entry for entry in grid(args) if not args.only or any(part in entry.name for part in args.only)]
+    args.results = args.results or f"results/{args.recipe}"
+    if args.recipe == "cpu":
+        entries = cpu_grid(args)
+    else:
+        args.seeds = args.seeds or [0, 1, 2]
+        entries = grid(args)
+    entries = [entry for entry in entries if not args.only or any(part in entry.name for part in args.only)]
     if not entries:
         raise runs.InputError(f"no entry's name contains {' or '.join(args.only)}: --dry-run prints them")
+    if args.keep:
+        return keep(Path(args.keep), entries)
     if args.shard:
-        entries = part_of(args, entries)
+        entries = part_of(args.shard, entries)
     if args.dry_run:
         return dry_run(entries)
 
