@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.special import log_softmax, logsumexp
 
 import claims
@@ -163,6 +164,9 @@ def check_logits(logits, name, like=None):
     if not np.isfinite(logits).all():
         what = f"{name} has NaN or infinite values (first in row {np.argwhere(~np.isfinite(logits))[0, 0]})"
         raise InputError(f"{what}: give finite logits, or log-probabilities clipped from below")
+    if logits.min() >= 0 and np.allclose(logits.sum(1), 1, atol=1e-3):
+        fix = "give logits, or their logarithms: numpy.log(numpy.clip(p, 1e-12, None))"
+        raise InputError(f"{name} has probabilities, rows that sum to 1: {fix}")
     if np.abs(logits).max() > 1e6:
         what = f"{name} has values up to {np.abs(logits).max():.2g}"
         raise InputError(f"{what}: these are no logits; check what was saved")
@@ -180,7 +184,9 @@ def check_labels(labels, name, logits):
 
 
 def load_array(path):
-    """An array from FILE.npy, from FILE.npz with a single array, or from FILE.npz:NAME."""
+    """An array from FILE.npy, FILE.npz with a single array or FILE.npz:NAME; a tensor from .pt, .pth, .safetensors."""
+    if Path(path).suffix in (".pt", ".pth", ".safetensors"):
+        return load_tensor(Path(path))
     file, colon, key = str(path).partition(".npz:")
     file += ".npz" if colon else ""
     with runs.reading(file, "give a file that numpy.save or numpy.savez wrote"):
@@ -192,6 +198,39 @@ def load_array(path):
     if len(keys) != 1 or keys[0] not in loaded.files:
         raise InputError(f"{file} holds {', '.join(loaded.files)}: name one as {file}:NAME")
     return runs.read_npz(file, keys)[keys[0]]
+
+
+def load_tensor(path):
+    """The one tensor in a file of torch.save or safetensors as an array; no code in it is run."""
+    with runs.reading(path, "save the tensor itself, with torch.save or safetensors"):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = list(found.values()) if isinstance(found, dict) else [found]
+        if len(tensors) != 1 or not torch.is_tensor(tensors[0]):
+            raise ValueError("it holds other things than one tensor")
+        return (tensors[0].float() if tensors[0].is_floating_point() else tensors[0]).numpy()  # numpy has no bfloat16
+
+
+def at_chance(point):
+    """Why nothing can be claimed of a point of `replicates`, or None: networks no better than chance.
+
+    Rows in another order are readable and give figures, but then predictions are independent of labels and teacher.
+    """
+    predicted = {name: logits.argmax(1) for name, logits in (("teacher", point["teacher"]), *point["networks"].items())}
+    pairs = [(name, "the labels", point["labels"]) for name in predicted]
+    pairs += [(name, "the teacher", predicted["teacher"]) for name in point["networks"]]
+    n, classes = point["teacher"].shape
+    for name, whom, other in pairs:
+        shares = [np.bincount(values, minlength=classes) / n for values in (predicted[name], other)]
+        chance, agreement = shares[0] @ shares[1], (predicted[name] == other).mean()
+        if agreement <= chance + 2 * np.sqrt(chance * (1 - chance) / n):
+            what = f"{name} agrees with {whom} on {100 * agreement:.0f}% of the points, {100 * chance:.0f}% is chance"
+            return f"no claims: {what}; are the rows of all files in the same order?"
+    return None
 
 
 def points_from_files(args):
@@ -322,7 +361,7 @@ def main(argv=None):
     add("--teacher", nargs="+", help="run folders of the teachers, one per seed or one for all")
     add("--student", nargs="+", help="run folders of the students")
     add("--control", nargs="+", default=[], help="run folders of independently seeded one-hot networks")
-    forms = ".npy, .npz with one array, or FILE.npz:NAME (log-probabilities serve too)"
+    forms = ".npy, .npz, FILE.npz:NAME, .pt or .safetensors (log-probabilities serve too)"
     add("--teacher-logits", help=f"anyone's teacher logits [N, C]: {forms}")
     add("--student-logits", help="the student's logits of the same points")
     add("--control-logits", help="a one-hot network's logits of the same points")
@@ -357,7 +396,9 @@ def main(argv=None):
     report = dict(seeds=len(first), intervals=f"95%, {over}", bootstrap=args.bootstrap)
     runs.write_json(out / "deviation.json", dict(report, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
     print(statistics_markdown(tables))
-    claims.save_claims(out, deviation_claims(tables), over)
+    why = at_chance(first[0]) if args.teacher_logits else None  # run folders have been compared by their labels
+    nothing = [claims.claim(why, "above chance", np.nan, np.nan, np.nan, 0)]
+    claims.save_claims(out, nothing if why else deviation_claims(tables), over)
     if "train" in tables:
         print(claims.fit_note(tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]))
     seeds = f"{len(first)} seed{'s' if len(first) > 1 else ''}"

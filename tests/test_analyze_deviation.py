@@ -1,5 +1,6 @@
 """analyze_deviation.py: its statistics against their definitions, its figure, and bad input."""
 
+import json
 import os
 import pickle
 import shutil
@@ -8,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.special
 import scipy.stats
+import torch
 from helpers import ok, one_line_error, run_cli, run_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -362,3 +365,45 @@ def test_fuzz_damaged_npy_files_are_refused_or_hold_logits(tmp_path, monkeypatch
     good = Path("s.npy").read_bytes()
     check_one(good.replace(b"(40, 3), }    ", b"(4000000000, 3), }")[: len(good)])  # more than any memory
     fuzz(40)(given(damage_to(good))(check_one))()
+
+
+def save_logits(folder, n=600, classes=5):
+    """Files of logits of a teacher, a student like it, and the labels."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, classes, n)
+    teacher = rng.normal(size=(n, classes)) + 3 * np.eye(classes)[labels]
+    arrays = dict(T=teacher, S=teacher + 0.5 * rng.normal(size=teacher.shape), y=labels)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return arrays
+
+
+FILES = ["--teacher-logits", "T.npy", "--student-logits", "S.npy", "--labels", "y.npy", "--bootstrap", 100]
+
+
+def test_probabilities_for_logits_are_refused_with_the_conversion(tmp_path):
+    arrays = save_logits(tmp_path)
+    np.save(tmp_path / "S.npy", scipy.special.softmax(arrays["S"], 1).astype(np.float32))
+    one_line_error(run_cli("analyze_deviation.py", *FILES, cwd=tmp_path), "S.npy has probabilities", "numpy.log(")
+    assert not (tmp_path / "results").exists()
+
+
+def test_rows_in_another_order_stop_the_claims(tmp_path):
+    arrays = save_logits(tmp_path)
+    ok(run_cli("analyze_deviation.py", *FILES, "--out", "good", cwd=tmp_path))
+    assert len(json.loads((tmp_path / "good/claims.json").read_text())) > 2
+    np.save(tmp_path / "S.npy", np.roll(arrays["S"], 1, axis=0))
+    output = ok(run_cli("analyze_deviation.py", *FILES, "--out", "rolled", cwd=tmp_path))
+    (row,) = json.loads((tmp_path / "rolled/claims.json").read_text())
+    assert "no claims: student agrees with the labels on" in output and row["verdict"] == "unclear"
+
+
+def test_tensors_are_read_as_arrays(tmp_path):
+    tensor = torch.arange(20.0).view(10, 2).to(torch.bfloat16)
+    torch.save(tensor, tmp_path / "t.pt")
+    torch.save({"a": tensor, "b": tensor}, tmp_path / "two.pth")
+    safetensors.torch.save_file({"logits": tensor}, tmp_path / "t.safetensors")
+    for name in ("t.pt", "t.safetensors"):
+        assert np.array_equal(analyze_deviation.load_array(tmp_path / name), tensor.float().numpy())
+    with pytest.raises(runs.InputError, match="two.pth cannot be read .*one tensor"):
+        analyze_deviation.load_array(tmp_path / "two.pth")
