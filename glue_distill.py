@@ -9,8 +9,8 @@ A model from scratch (tiny, mini, … or LAYERSxHIDDEN) first learns the task's 
 once per size and seed: teacher and self-distilled student continue the same weights, as in the paper, with their own
 heads, orders and dropout. Teacher logits come from its logits.npz: text is not augmented, so they are exact. Writes
 into --results, for each student: fig1a, deviation.json, claims, and switch/ with fig1b; for all glue.json and glue.md.
-Departures from the paper: sentence order is by length within pools of 50 batches; the switch is abrupt unless --window
-is given; GLUE's dev set is the test set (its labels are public).
+Departures from the paper: sentence order is by length within pools of 50 batches; the switch is abrupt; GLUE's dev set
+is the test set (its labels are public).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import csv
 import hashlib
 import math
 import re
-import warnings
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -46,34 +46,29 @@ class GlueTask(NamedTuple):
 
     folder: str
     columns: tuple
-    label: str | int
-    classes: tuple
+    label: str
+    classes: tuple = ("0", "1")
     hub_columns: tuple = ()
-    metrics: tuple = ("acc",)
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 PAIR = ("sentence1", "sentence2")
 GLUE = {
-    "cola": GlueTask("CoLA", (3,), 1, ("0", "1"), ("sentence",), ("mcc",)),  # has no header: columns are positions
-    "sst-2": GlueTask("SST-2", ("sentence",), "label", ("0", "1")),
-    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), PAIR, ("acc", "f1")),
+    "cola": GlueTask("CoLA", ("sentence",), "label"),
+    "sst-2": GlueTask("SST-2", ("sentence",), "label"),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", hub_columns=PAIR),
     "rte": GlueTask("RTE", PAIR, "label", ENTAILMENT),
     "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
-    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), (), ("acc", "f1")),
+    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate"),
     "mnli": GlueTask("MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")),
-    "wnli": GlueTask("WNLI", PAIR, "label", ("0", "1")),
 }
+METRICS = {"cola": ("mcc",), "mrpc": ("acc", "f1"), "qqp": ("acc", "f1")}  # of other tasks: accuracy
 HUB = {
     "imdb": ("stanfordnlp/imdb", ("neg", "pos")),
     "ag_news": ("fancyzhx/ag_news", ("World", "Sports", "Business", "Sci/Tech")),
 }
 TASKS = ("sentiment", *GLUE, *HUB)
 MODES = ("onehot", "kd", *SWITCHES)
-
-
-def metrics_of(task):
-    return GLUE[task].metrics if task in GLUE else ("acc",)
 
 
 @dataclass
@@ -113,11 +108,10 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and
     nested draw; 0 for all. InputError for an unknown task, a torn or missing file, or too few texts.
     """
-    splits, class_names = load_splits(name, Path(data_dir), data_seed)
+    splits, classes = load_splits(name, Path(data_dir), data_seed)
     n = len(splits["train"].labels)
     if subset > n:
-        fix = f"use at most {n}, or 0 for all"
-        raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: {fix}")
+        raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
     index = np.arange(n)
     if subset:
         index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset])
@@ -126,13 +120,14 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
         needed = "train and test need two classes each, and 8 test texts at least"
         raise InputError(f"{name}: {needed}: give more data or a larger --subset")
     digest = hashlib.sha256(repr([(key, s.first, s.second, s.labels.tolist()) for key, s in splits.items()]).encode())
-    facts = dict(name=name, classes=len(class_names), class_names=list(class_names), subset=subset, label_noise=0.0)
-    facts |= dict(data_seed=data_seed, sha256=digest.hexdigest())
-    facts |= {f"n_{key}": len(split.labels) for key, split in splits.items()}
+    facts = dict(name=name, classes=len(classes), class_names=list(classes), subset=subset, label_noise=0.0)
+    facts |= dict(
+        data_seed=data_seed, sha256=digest.hexdigest(), **{f"n_{key}": len(splits[key].labels) for key in splits}
+    )
     test = splits["test"]
     if test.probability is not None:
         facts["bayes_accuracy"] = float((test.probability.argmax(1) == test.labels).mean())
-    return Texts(splits, len(class_names), index, facts)
+    return Texts(splits, len(classes), index, facts)
 
 
 def load_splits(name, data_dir, data_seed):
@@ -152,32 +147,30 @@ def load_splits(name, data_dir, data_seed):
 
 
 def glue(name, data_dir):
-    """The splits of a GLUE task, from its original folder in data_dir (or data_dir/glue), else from the hub."""
+    """The splits of a GLUE task, from its original folder in data_dir, else from the hub."""
     task = GLUE[name]
     files, parts = dict(train="train.tsv", test="dev.tsv"), dict(train="train", test="validation")
     if name == "mnli":
         files |= dict(test="dev_matched.tsv", mismatched="dev_mismatched.tsv")
         parts |= dict(test="validation_matched", mismatched="validation_mismatched")
-    for root in (data_dir, data_dir / "glue"):
-        if (root / task.folder).is_dir():
-            return {key: read_tsv(root / task.folder / file, name) for key, file in files.items()}
-    instead = f"{', '.join(files.values())} of GLUE into {data_dir / task.folder}"
+    folder = data_dir / task.folder
+    if folder.is_dir():
+        return {key: read_tsv(folder / file, name) for key, file in files.items()}
+    instead = f"{', '.join(files.values())} of GLUE into {folder}"
     return hub("nyu-mll/glue", name.replace("-", ""), task.hub_columns or task.columns, parts, instead)
 
 
 def hub(repository, config, columns, parts, instead):
     """Splits through Hugging Face `datasets`; `instead` says which files serve without a network."""
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # it announces every retry
+    splits = {}
     with runs.reading(repository, f"put {instead}"):
-        loaded = {key: datasets.load_dataset(repository, config, split=part) for key, part in parts.items()}
-        splits = {}
-        for key, part in loaded.items():
-            texts = [list(part[column]) for column in columns]
-            splits[key] = Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(part["label"], np.int64))
-        return splits
+        for key, part in parts.items():
+            loaded = datasets.load_dataset(repository, config, split=part)
+            texts = [list(loaded[column]) for column in columns]
+            splits[key] = Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(loaded["label"], np.int64))
+    return splits
 
 
 def read_tsv(path, name):
@@ -185,19 +178,19 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    _, columns, label, classes, *_ = GLUE[name]
-    with runs.reading(path, "put GLUE's original file there"):
+    _, columns, label, classes, _ = GLUE[name]
+    fix = "put GLUE's original file there"
+    with runs.reading(path, fix):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     rows = [(k, line.rstrip("\r").split("\t")) for k, line in enumerate(lines, 1) if line.strip("\r")]
-    width = 4
-    if name != "cola":
-        header = rows.pop(0)[1] if rows else []
-        missing = [column for column in (*columns, label) if column not in header]
-        if missing:
-            what = f"{path} lacks the column {', '.join(missing)} in its header ({', '.join(header)[:120]})"
-            raise InputError(f"{what}: put GLUE's original file there")
-        columns, label, width = [header.index(column) for column in columns], header.index(label), len(header)
+    if name == "cola":  # has no header
+        rows.insert(0, (0, ["source", "label", "star", "sentence"]))
+    header = rows.pop(0)[1] if rows else []
+    missing = [column for column in (*columns, label) if column not in header]
+    if missing:
+        raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
+    columns, label, width = [header.index(column) for column in columns], header.index(label), len(header)
     torn = {line for line, row in rows if len(row) != width or row[label] not in classes}
     if torn and name != "qqp":
         what = f"{path}, line {min(torn)}: the row has not {width} columns, or not the label {' or '.join(classes)}"
@@ -211,34 +204,27 @@ def read_tsv(path, name):
 
 
 def csv_splits(path, data_seed):
-    """(splits, class names) of a folder with train.csv and test.csv or dev.csv, or of one file, of which a seeded fifth
-    is the test split. Prints the classes."""
+    """(splits, class names) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth is the
+    test split. Prints the classes."""
     if path.is_dir():
-        test = "dev.csv" if (path / "dev.csv").exists() and not (path / "test.csv").exists() else "test.csv"
-        parts = dict(train=read_csv(path / "train.csv"), test=read_csv(path / test))
+        splits = {part: read_csv(path / f"{part}.csv") for part in ("train", "test")}
+        if (splits["train"].second is None) != (splits["test"].second is None):
+            raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
-        rows = read_csv(path)
-        order = torch.randperm(len(rows), generator=common.generator("split", data_seed)).tolist()
-        fifth = len(rows) // 5
-        parts = dict(train=[rows[k] for k in sorted(order[fifth:])], test=[rows[k] for k in sorted(order[:fifth])])
-    if not all(parts.values()):
-        raise InputError(f"{path} holds too few rows for a train and a test split: give at least 40")
-    pairs = {key: part[0][1] is not None for key, part in parts.items()}
-    if pairs["train"] != pairs["test"]:
-        raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
-    names = class_names(path, [label for _, _, label in parts["train"]])
-    unknown = sorted({label for _, _, label in parts["test"] if class_of(label) not in names})
-    if unknown:
-        raise InputError(f"{path}: the label {unknown[0]!r} is in the test split alone: give training texts of it")
-    numbers, splits = {name: k for k, name in enumerate(names)}, {}
-    for key, part in parts.items():
-        first, second, labels = zip(*part, strict=True)
-        labels = np.array([numbers[class_of(label)] for label in labels], np.int64)
-        splits[key] = Split(list(first), list(second) if pairs[key] else None, labels)
-    counts = sum(np.bincount(split.labels, minlength=len(names)) for split in splits.values())
-    shown = [f"{name[:40]} ({count})" for name, count in zip(names.values(), counts[:20], strict=False)]
-    more = ["…"] if len(names) > 20 else []
-    print(f"{path}: {len(names)} classes, with their numbers of texts: {', '.join(shown + more)}")
+        table = read_csv(path)
+        order = torch.randperm(len(table.labels), generator=common.generator("split", data_seed)).numpy()
+        test, train = np.split(order, [len(order) // 5])
+        splits = dict(train=table.take(np.sort(train)), test=table.take(np.sort(test)))
+    names = class_names(path, splits["train"].labels)
+    unseen = {label for label in splits["test"].labels if class_of(label) not in names}
+    if unseen:
+        raise InputError(f"{path}: the label {min(unseen)!r} is in no training text: give some, or remove these texts")
+    numbers, counts = {key: k for k, key in enumerate(names)}, Counter()
+    for split in splits.values():
+        counts.update(class_of(label) for label in split.labels)
+        split.labels = np.array([numbers[class_of(label)] for label in split.labels], np.int64)
+    shown = [f"{name[:40]} ({counts[key]})" for key, name in names.items()][:20]
+    print(f"{path}: {len(names)} classes; the first ones, with their numbers of texts: {', '.join(shown)}")
     return splits, list(names.values())
 
 
@@ -252,9 +238,8 @@ def class_of(label):
 def class_names(path, labels):
     """{class_of(label): the shortest way in which it is written}, sorted; InputError for a regression target."""
     names = {}
-    for label in dict.fromkeys(labels):
-        key = class_of(label)
-        names[key] = min(names.get(key, label), label, key=len)
+    for label in sorted(set(labels), key=lambda label: (len(label), label)):
+        names.setdefault(class_of(label), label)
     values = [value for is_word, value, _ in names if not is_word]
     if len(values) > 20 and any(value != value.to_integral_value() for value in values):
         what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
@@ -263,7 +248,7 @@ def class_names(path, labels):
 
 
 def read_csv(path):
-    """[(text, text2 or None, label)] of a CSV file with the columns text[,text2],label.
+    """A CSV file with the columns text[,text2],label as a Split, whose labels are still words.
 
     InputError names the line in which a row begins that is torn, or that a stray quote joins with others.
     """
@@ -278,25 +263,22 @@ def read_csv(path):
             except csv.Error as error:
                 fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
                 raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
-    header = rows[0][1] if rows else []
+    header = rows.pop(0)[1] if rows else []
     if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
-        marks = [name for mark, name in (("\t", "tabs"), (";", "semicolons")) if mark in "".join(header)]
-        what = f"has {marks[0]} instead of commas" if marks else f"is {','.join(header)[:80]!r}"
-        raise InputError(f"{path}, line 1 {what}: it must name the columns text[,text2],label, with commas between")
-    first, label = header.index("text"), header.index("label")
-    second = header.index("text2") if "text2" in header else None
-    known = {row[label] for _, row in rows[1:] if len(row) == len(header)}
-    table = []
-    for start, row in rows[1:]:
-        if not row:  # a blank line
-            continue
+        needed = "it must name the columns text[,text2],label, with commas between, not tabs or semicolons"
+        raise InputError(f"{path}, line 1 is {','.join(header)[:80]!r}: {needed}")
+    label = header.index("label")
+    known = {row[label] for _, row in rows if len(row) == len(header)}
+    rows = [(start, row) for start, row in rows if row]  # without blank lines
+    for start, row in rows:
         if len(row) != len(header) or not row[label].strip():
             what = f"the row has {len(row)} columns instead of {len(header)}, or no label"
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
         if any(holds_a_row(cell, len(header), label, known) for cell in row):
             raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
-        table.append((row[first], None if second is None else row[second], row[label].strip()))
-    return table
+    table = {name: [row[k] for _, row in rows] for k, name in enumerate(header)}
+    labels = np.array([word.strip() for word in table["label"]], dtype=object)
+    return Split(table["text"], table.get("text2"), labels)
 
 
 def holds_a_row(cell, columns, label, known):
@@ -389,9 +371,6 @@ class Tokens:
         longest = int(self.lengths[index].max())
         return {name: rows[index.to(rows.device), :longest].long() for name, rows in self.inputs.items()}
 
-    def sha256(self):
-        return hashlib.sha256(self.inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()
-
 
 def encode(tokenizer, first, second, max_length, device):
     """Texts as `Tokens`, truncated to max_length (the longer of a pair first)."""
@@ -418,6 +397,7 @@ def length_batches(lengths, batch, *key, pool=50):
 
 # layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them fast.
 SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium": (8, 512, 8), "base": (12, 768, 12)}
+VOCABULARY = 8000  # most tokens of a model from scratch
 MODEL_FIX = (
     "give a hub id, or a folder with config.json, model.safetensors and the tokenizer's files (for RoBERTa vocab.json "
     f"and merges.txt), or one of {', '.join(SIZES)}, LAYERSxHIDDEN"
@@ -426,14 +406,13 @@ MODEL_FIX = (
 
 def size_of(name):
     """(layers, hidden units, heads) of a model from scratch, or None when `name` is a hub id or a folder."""
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)", name)
+    match = re.fullmatch(r"([1-9][0-9]{0,2})x([1-9][0-9]{0,3})", name)
     if not match:
         return SIZES.get(name)
-    layers, hidden = (int(digits) if len(digits) < 10 else 0 for digits in match.groups())
-    if not 0 < layers <= 1000 or not 0 < hidden <= 2**16 or hidden > 32 and hidden % 32:
-        allowed = "1 to 1000 layers, and hidden units below 32 or a multiple of 32 up to 65536"
-        raise InputError(f"--student or --teacher {name}: it must have {allowed}")
-    return layers, hidden, max(1, hidden // 64 if hidden % 64 == 0 else hidden // 32)
+    layers, hidden = map(int, match.groups())
+    if hidden > 32 and hidden % 32:
+        raise InputError(f"--student or --teacher {name}: hidden units must be below 32, or a multiple of 32")
+    return layers, hidden, max(1, hidden // (64 if hidden % 64 == 0 else 32))
 
 
 @dataclass
@@ -458,13 +437,13 @@ def prepare(name, data, args):
     for key, split in data.splits.items():
         with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
             tokens[key] = encode(tokenizer, split.first, split.second, args.max_length, args.device)
-    cut = float((tokens["train"].lengths >= args.max_length).double().mean())
-    if cut > 0.01:
-        print(f"{name}: {100 * cut:.1f}% of the training texts reach --max-length {args.max_length}, may be truncated")
+    truncated = (tokens["train"].lengths >= args.max_length).double().mean().item()
     facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
     facts |= dict(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
-    print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
-    facts |= dict(at_max_length=cut, tokens_sha256={key: part.sha256() for key, part in tokens.items()})
+    shown = ", ".join(f"{key} {value}" for key, value in facts.items())
+    print(f"{name}: {shown}; {100 * truncated:.1f}% of the training texts have that length or are truncated to it")
+    every = b"".join(part.inputs["input_ids"].cpu().numpy().tobytes() for part in tokens.values())
+    facts["tokens_sha256"] = hashlib.sha256(every).hexdigest()
     # From scratch 1e-3 for tiny, inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
     epochs, lr = (6, min(1e-3, 0.064 / config.hidden_size)) if scratch else (3, 2e-5)
     return Model(name, scratch, config, tokenizer, tokens, epochs, lr, facts)
@@ -474,24 +453,15 @@ def scratch_model(name, data, args):
     """(config, tokenizer) of a RoBERTa of a given size."""
     from transformers import RobertaConfig
 
-    tokenizer = byte_level_bpe(data.splits["train"].sentences(), args.vocab_size)
+    tokenizer = byte_level_bpe(data.splits["train"].sentences(), VOCABULARY)
     layers, hidden, heads = size_of(name)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        max_position_embeddings=args.max_length + tokenizer.pad_token_id + 1,
-        type_vocab_size=1,
-        # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-        initializer_range=0.02 * math.sqrt(768 / hidden),
-        num_labels=data.classes,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return config, tokenizer
+    shape = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * hidden)
+    shape |= dict(vocab_size=len(tokenizer), type_vocab_size=1, num_labels=data.classes)
+    shape["max_position_embeddings"] = args.max_length + tokenizer.pad_token_id + 1
+    # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
+    shape["initializer_range"] = 0.02 * math.sqrt(768 / hidden)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return RobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id, **ends), tokenizer
 
 
 def saved_model(name, data, args):
@@ -500,7 +470,9 @@ def saved_model(name, data, args):
 
     with runs.reading(f"model {name}", MODEL_FIX):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        check_tokenizer(name, config, tokenizer, data.splits["train"].first)
+        if not fits(tokenizer, config, data.splits["train"].first[:200]):
+            own = "put the model's own there (tokenizer.json, or vocab.txt, or vocab.json and merges.txt)"
+            raise InputError(f"the tokenizer in {name} is of another family than its model, or incomplete: {own}")
         classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
         if classifies and config.num_labels != data.classes:
             what = f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}"
@@ -508,28 +480,20 @@ def saved_model(name, data, args):
         config.num_labels = data.classes
         # RoBERTa's family numbers positions from the padding token on, so the first ones are unused.
         unused = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        positions = getattr(config, "max_position_embeddings", args.max_length + unused) - unused
+        positions = getattr(config, "max_position_embeddings", math.inf) - unused
         if args.max_length > positions:
-            what = f"--max-length {args.max_length} is more than the {positions} positions of {name}"
-            raise InputError(f"{what}: give at most {positions}")
+            raise InputError(f"--max-length {args.max_length} is too long for {name}: give at most {positions}")
         return config, tokenizer
 
 
-def check_tokenizer(name, config, tokenizer, texts):
-    """InputError when a tokenizer is not the one that the model was trained with."""
-    sample, unk = list(dict.fromkeys(texts[:200])), tokenizer.unk_token_id
-    unknown = sum(unk is not None and unk in ids for ids in tokenizer(sample)["input_ids"])
-    if len(tokenizer) < 50 or unknown > 0.9 * len(
-        sample
-    ):  # where files are missing, transformers makes up an empty one
-        files = "vocab.txt, vocab.json and merges.txt, or tokenizer.json"
-        raise InputError(f"{name} has no usable tokenizer: put the model's own there ({files})")
+def fits(tokenizer, config, texts):
+    """Whether a tokenizer can be the one that the model was trained with."""
+    # Where files are missing, transformers makes up an empty one, to which every text is unknown.
+    unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
+    usable = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
     # A number beyond the vocabulary would read past the embedding's end.
-    beyond = max(tokenizer.get_vocab().values()) >= config.vocab_size
-    if tokenizer.pad_token_id is None or beyond or config.pad_token_id not in (None, tokenizer.pad_token_id):
-        has = f"({len(tokenizer)} tokens, padding {tokenizer.pad_token_id})"
-        of = f"is of another family than its model ({config.vocab_size} tokens, padding {config.pad_token_id})"
-        raise InputError(f"the tokenizer in {name} {has} {of}: put the model's own tokenizer there")
+    within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
+    return usable and within and config.pad_token_id in (None, tokenizer.pad_token_id)
 
 
 def build_classifier(model, key, pretrained=None):
@@ -547,17 +511,16 @@ def build_classifier(model, key, pretrained=None):
             options = dict(config=model.config, output_loading_info=True)
             with runs.reading(f"model {model.name}", "check its weights and its config.json"):
                 network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
+            network = network.float()
             # The head, and BERT's pooler, may be new.
-            encoder = {name for name in network.base_model.state_dict() if "pooler" not in name}
-            prefix = network.base_model_prefix + "."
-            lost = sorted(name for name in info["missing_keys"] if name.removeprefix(prefix) in encoder)
+            encoder = [name for name in info["missing_keys"] if name.startswith(network.base_model_prefix + ".")]
+            lost = sorted(name for name in encoder if "pooler" not in name)
             if lost:
                 what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
                 raise InputError(f"{what}: its config.json and its weights do not belong together")
-            network = network.float()
     if pretrained:
-        inside = [name for name in pretrained if name.startswith("roberta.")]
-        network.roberta.load_state_dict({name.removeprefix("roberta."): pretrained[name] for name in inside})
+        encoder = {name: weights for name, weights in pretrained.items() if name.startswith("roberta.")}
+        network.load_state_dict(encoder, strict=False)
     return network.train()
 
 
@@ -570,13 +533,10 @@ def learning_rate(step, peak, warmup, total):
     return peak * min((step + 1) / (rise + 1), (total - step) / (total - rise))
 
 
-def run_flags(args, model, lr, epochs, **more):
-    """The flags that a run depends on, as `runs.start_run` compares them."""
-    names = (
-        "task data_dir subset data_seed max_length batch_size warmup weight_decay precision device seeds out overwrite"
-    )
-    kept = {name: getattr(args, name) for name in (*names.split(), "quiet")}
-    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept, **more)
+def run_flags(args, model, lr, epochs):
+    """The flags that a run depends on, as `runs.start_run` compares them, and those that `engine.train` reads."""
+    kept = {name: getattr(args, name) for name in ("batch_size", "warmup", "precision", "device", "overwrite", "quiet")}
+    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept)
 
 
 def train_texts(run, network, tokens, flags, key, loss_of, evaluate=dict, weights_at=engine.one_hot, **more):
@@ -585,30 +545,25 @@ def train_texts(run, network, tokens, flags, key, loss_of, evaluate=dict, weight
     loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
     """
     per_epoch = math.ceil(len(tokens.lengths) / flags.batch_size)
-    total, real = per_epoch * flags.epochs, int(tokens.lengths.sum())
+    total = per_epoch * flags.epochs
     groups = [  # biases and layer norms do not decay, as in BERT
-        dict(params=[p for p in network.parameters() if p.ndim > 1], weight_decay=flags.weight_decay),
+        dict(params=[p for p in network.parameters() if p.ndim > 1], weight_decay=0.1),
         dict(params=[p for p in network.parameters() if p.ndim < 2], weight_decay=0.0),
     ]
     optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
     torch.manual_seed(common.stream_seed("dropout", *key))
     sums = torch.zeros(3, dtype=torch.float64, device=flags.device)
-    padding = dict(padding_share_to_max=1 - real / (len(tokens.lengths) * flags.max_length))
 
     def batches(epoch):
-        plan = length_batches(tokens.lengths, flags.batch_size, *key, epoch)
-        padding["padding_share"] = 1 - real / sum(len(index) * int(tokens.lengths[index].max()) for index in plan)
-        return list(enumerate(plan, epoch * per_epoch))
+        return list(enumerate(length_batches(tokens.lengths, flags.batch_size, *key, epoch), epoch * per_epoch))
 
     def lr_at(step):
         return learning_rate(step, flags.lr, flags.warmup, total)
 
-    def line():
-        return padding | evaluate()
-
-    steps, more["amount"] = (per_epoch, total), ("tokens", real)
+    steps, amount = (per_epoch, total), ("tokens", int(tokens.lengths.sum()))
     take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
-    engine.train(run, flags, network, optimizer, steps, batches, take_step, sums, lr_at, weights_at, line, **more)
+    loop = (steps, batches, take_step, sums, lr_at, weights_at, evaluate)
+    engine.train(run, flags, network, optimizer, *loop, amount=amount, **more)
 
 
 def mask_tokens(ids, special, mask_id, vocabulary, *key):
@@ -629,24 +584,16 @@ def masked_loss(encoder, head, inputs, chosen, targets):
 
 
 def pretrain(run, model, args, seed, data):
-    """Masked-language modelling of the training sentences (or --mlm-text); returns the weights.
+    """Masked-language modelling of the training sentences, at twice the classifier's rate; returns the weights.
 
     The masks are drawn afresh in every step (dynamic masking, Liu et al. 2019, §4.1).
     """
     from transformers import RobertaForMaskedLM
 
-    sentences = data.splits["train"].sentences()
-    if args.mlm_text:
-        with runs.reading(f"--mlm-text {args.mlm_text}", "give a UTF-8 file with one sentence per line"):
-            lines = Path(args.mlm_text).read_text(encoding="utf-8").splitlines()
-        sentences = [line for line in lines if line.strip()]
-        if not sentences:
-            raise InputError(f"--mlm-text {args.mlm_text} is empty: give a file with one sentence per line")
-    tokens = encode(model.tokenizer, sentences, None, args.max_length, args.device)
+    tokens = encode(model.tokenizer, data.splits["train"].sentences(), None, args.max_length, args.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
         network = RobertaForMaskedLM(model.config).to(args.device)
-    encoder = torch.compile(network.roberta, dynamic=True) if args.compile else network.roberta
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
     mask, vocabulary = model.tokenizer.mask_token_id, len(model.tokenizer)
 
@@ -657,42 +604,36 @@ def pretrain(run, model, args, seed, data):
         corrupted, chosen = mask_tokens(ids, special, mask, vocabulary, seed, step)
         inputs["input_ids"], targets = corrupted.to(args.device), ids[chosen].to(args.device)
         with engine.autocast(args.device, args.precision):
-            loss, hits = masked_loss(encoder, network.lm_head, inputs, chosen.to(args.device), targets)
+            loss, hits = masked_loss(network.roberta, network.lm_head, inputs, chosen.to(args.device), targets)
         return loss, hits, max(1, len(targets))
 
-    flags = run_flags(args, model, args.mlm_lr or 2 * model.lr, args.mlm_epochs)
+    flags = run_flags(args, model, 2 * model.lr, args.mlm_epochs)
     with runs.locked(run):
-        runs.start_run(run, flags, "mlm", seed, data, network, texts_sha256=tokens.sha256(), **model.facts)
+        runs.start_run(run, flags, "mlm", seed, data, network, **model.facts)
         train_texts(run, network, tokens, flags, ("mlm", seed), loss_of)
     return network.state_dict()
 
 
-def train_classifier(run, model, args, role, seed, data, pretrained, teacher=None, switch=None, **more):
+def train_classifier(run, model, args, role, seed, data, pretrained, mode="onehot", teacher=None, step=0, **more):
     """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
 
-    teacher: (logits [n_train, C] of the training texts, their sha256), or None for one-hot training; switch:
-    (direction, its step), or None for the same losses throughout; more: snapshots, start_from of `engine.train`.
+    mode: one of MODES; teacher: logits [n_train, C] of the training texts, where it distils; step: of a switch; more:
+    snapshots, start_from of `engine.train`.
     """
     network = build_classifier(model, (role, seed), pretrained).to(args.device)
-    forward = torch.compile(network, dynamic=True) if args.compile else network
-    tokens, train = model.tokens["train"], data.splits["train"]
-    labels = torch.as_tensor(train.labels).to(args.device)
-    cached = torch.as_tensor(teacher[0]).to(args.device) if teacher else None
-    weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
-    of_run = weights["kd" if teacher else "onehot"]
+    tokens = model.tokens["train"]
+    labels = torch.as_tensor(data.splits["train"].labels).to(args.device)
+    cached = None if teacher is None else torch.as_tensor(teacher).to(args.device)
 
     def loss_of(batch, ce_weight, kd_weight):
         _, index = batch
         where = index.to(args.device)
         with engine.autocast(args.device, args.precision):
-            logits = forward(**tokens.batch(index)).logits
+            logits = network(**tokens.batch(index)).logits
         logits = logits.float()
         ce = F.cross_entropy(logits, labels[where]) if ce_weight else 0.0
         kd = common.kd_loss(logits, cached[where], args.temperature) if kd_weight else 0.0
         return ce_weight * ce + kd_weight * kd, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
-
-    def weights_at(step):
-        return of_run
 
     def evaluate():
         line = {}
@@ -702,14 +643,15 @@ def train_classifier(run, model, args, role, seed, data, pretrained, teacher=Non
         return line
 
     facts = dict(initial_sha256=engine.weights_hash(network.state_dict()))
-    facts["teacher_sha256"] = teacher[1] if teacher else None
-    if switch:
-        before, after = SWITCHES[switch[0]]
-        weights_at = switch_distill.switched_weights(weights[before], weights[after], switch[1], args.window)
-        facts["switch"] = dict(direction=switch[0], step=switch[1], window=args.window)
+    facts["teacher_sha256"] = None if teacher is None else hashlib.sha256(teacher.tobytes()).hexdigest()
+    weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
+    before, after = SWITCHES.get(mode, (mode, mode))
+    weights_at = switch_distill.switched_weights(weights[before], weights[after], step)
+    if mode in SWITCHES:
+        facts["switch"] = dict(direction=mode, step=step)
     flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs)
-    flags.ce_weight, flags.kd_weight = of_run
-    flags.temperature = args.temperature if teacher else None  # one control serves all temperatures
+    flags.ce_weight, flags.kd_weight = weights["onehot" if teacher is None else "kd"]
+    flags.temperature = None if teacher is None else args.temperature  # one control serves all temperatures
     with runs.locked(run):
         if runs.start_run(run, flags, role, seed, data, network, **model.facts, **facts):
             train_texts(run, network, tokens, flags, (role, seed), loss_of, evaluate, weights_at, **more)
@@ -746,25 +688,9 @@ def scores(logits, labels):
 
     predicted, labels = logits.argmax(1).cpu().numpy(), np.asarray(labels)
     average = "binary" if logits.shape[1] == 2 else "macro"
-    return dict(
-        acc=float((predicted == labels).mean()),
-        mcc=float(matthews_corrcoef(labels, predicted)),
-        f1=float(f1_score(labels, predicted, average=average, zero_division=0)),
-        loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item(),
-    )
-
-
-def teacher_logits(run, data):
-    """(float32 logits [n_train, C], sha256) of a finished teacher run, checked against `data`."""
-    if runs.finished_config(run)["data"].get("sha256") != data.facts["sha256"]:
-        what = f"teacher {run} was trained on other texts than --task {data.facts['name']} gives here"
-        raise InputError(f"{what}: use the same --task, --subset, --data-seed and files")
-    logits = runs.read_npz(Path(run) / "logits.npz", ("train_logits",))["train_logits"]
-    fits = logits.shape == (data.facts["n_train"], data.classes) and logits.dtype == np.float32
-    if not fits or not np.isfinite(logits).all():
-        what = f"{run}/logits.npz has train_logits {logits.dtype} {list(logits.shape)} or values that are not finite"
-        raise InputError(f"{what}: train it again with --overwrite")
-    return logits, hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
+    f1 = float(f1_score(labels, predicted, average=average, zero_division=0))
+    accuracy, mcc = float((predicted == labels).mean()), float(matthews_corrcoef(labels, predicted))
+    return dict(acc=accuracy, mcc=mcc, f1=f1, loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item())
 
 
 # ---------------------------------------------------------------- all networks of a seed
@@ -772,25 +698,23 @@ def teacher_logits(run, data):
 
 def run_folders(args, base, seed, models):
     """{what: run folder} of one seed; what: "<model> mlm", "teacher", "<student> <mode>" (with a switch's share)."""
-    teacher = Path(args.teacher_run or args.teacher).name
 
     def folder(*words):
         return Path("-".join([base, *words, f"s{seed}"]))
 
+    teacher = Path(args.teacher).name
     masked = [name for name, model in models.items() if model.scratch and args.mlm_epochs]
     folders = {f"{name} mlm": folder(Path(name).name, "mlm") for name in masked}
-    given = Path((args.teacher_run or "").replace("{seed}", str(seed)))
-    folders["teacher"] = given if args.teacher_run else folder(teacher, "teacher")
-    window = f"-w{args.window}" if args.window else ""
+    folders["teacher"] = folder(teacher, "teacher")
     for student in args.student:
         short = Path(student).name
-        pair = (teacher.replace("{seed}", ""), short)
         for mode in args.mode:
-            if mode in SWITCHES:
-                for s in args.switch_at:
-                    folders[f"{student} {mode} {s:g}"] = folder(*pair, f"{mode}-{s:g}{window}")
+            if mode == "onehot":
+                folders[f"{student} onehot"] = folder(short, "onehot")
+            elif mode == "kd":
+                folders[f"{student} kd"] = folder(teacher, short, "kd")
             else:
-                folders[f"{student} {mode}"] = folder(short, mode) if mode == "onehot" else folder(*pair, mode)
+                folders |= {f"{student} {mode} {s:g}": folder(teacher, short, f"{mode}-{s:g}") for s in args.switch_at}
     return folders
 
 
@@ -802,9 +726,8 @@ def train_seed(args, seed, data, models, folders):
     def train(what, name, role="student", **more):
         train_classifier(folders[what], models[name], args, role, seed, data, pretrained.get(name), **more)
 
-    if not args.teacher_run:
-        train("teacher", args.teacher, "teacher")
-    teacher = teacher_logits(folders["teacher"], data)
+    train("teacher", args.teacher, "teacher")
+    teacher = runs.read_npz(folders["teacher"] / "logits.npz", ("train_logits",))["train_logits"]
     directions = [mode for mode in args.mode if mode in SWITCHES]
     for student in args.student:
         total = math.ceil(data.facts["n_train"] / args.batch_size) * (args.epochs or models[student].epochs)
@@ -813,55 +736,39 @@ def train_seed(args, seed, data, models, folders):
         if "onehot" in args.mode:
             train(f"{student} onehot", student, snapshots=kept)
         if "kd" in args.mode:
-            train(f"{student} kd", student, teacher=teacher, snapshots=kept)
+            train(f"{student} kd", student, mode="kd", teacher=teacher, snapshots=kept)
         for direction in directions:
             trunk = folders.get(f"{student} {SWITCHES[direction][0]}")
             for s, step in steps.items():
                 # From the state that the unswitched run had at the switch: half the time, and on a CPU the same
                 # weights. Where that run is not among the modes, from the start.
                 start = trunk and switch_distill.latest_snapshot(trunk, step)
-                more = dict(switch=(direction, step), start_from=start)
-                train(f"{student} {direction} {s:g}", student, teacher=teacher, **more)
+                more = dict(mode=direction, teacher=teacher, step=step, start_from=start)
+                train(f"{student} {direction} {s:g}", student, **more)
 
 
 # ---------------------------------------------------------------- report
 
 
 def metric_rows(named, data):
-    """One row per trained network: the task's metrics of each seed, and means over seeds of speed and padding.
-
-    named: {what: [run folder per seed]}.
-    """
-    metrics = [
-        f"{split}_{name}" for split in data.splits if split != "train" for name in metrics_of(data.facts["name"])
-    ]
+    """One row per trained network of `named`, {what: [run folder per seed]}: the task's metrics of each seed."""
+    of_task = METRICS.get(data.facts["name"], ("acc",))
+    names = [f"{split}_{name}" for split in data.splits if split != "train" for name in of_task]
     rows = []
     for what, folders in named.items():
-        row = dict(network=what, runs=[str(run) for run in folders])
-        row["parameters"] = runs.read_config(folders[0]).get("parameters", 0)
         lines = [runs.last_metrics(run) for run in folders]
-        with runs.reading(f"metrics.jsonl of {' or '.join(row['runs'])}", "train that run again with --overwrite"):
-            row |= {name: [line[name] for line in lines] for name in metrics}
-            for name in ("train_acc", "tokens_per_s", "padding_share", "padding_share_to_max"):
-                row[name] = float(np.mean([line[name] for line in lines]))
-        rows.append(row)
+        rows.append(dict(network=what) | {name: [line[name] for line in lines] for name in names})
     return rows
 
 
 def metrics_markdown(rows):
     """The rows of `metric_rows` as a Markdown table, in percent, with Student's t intervals over seeds."""
-    names = [name for name in rows[0] if name.startswith(("test_", "mismatched_"))]
-    headers = ["network", "parameters", *(f"{name.replace('_', ' ')} %" for name in names), "train acc %"]
     lines = []
     for row in rows:
-        cells = []
-        for name in names:
-            interval = dict(zip(("value", "low", "high"), claims.mean_interval(row[name]), strict=True))
-            cells.append(claims.cell(interval, 100, 2))
-        shares = [f"{100 * row[name]:.1f}" for name in ("padding_share", "padding_share_to_max")]
-        cells += [f"{100 * row['train_acc']:.2f}", f"{row['tokens_per_s']:.0f}", *shares]
-        lines.append([row["network"], f"{row['parameters']:,}", *cells])
-    return claims.markdown_table([*headers, "tokens/s", "padding %", "padding % to max length"], lines)
+        intervals = [claims.mean_interval(values) for name, values in row.items() if name != "network"]
+        cells = [claims.cell(dict(value=value, low=low, high=high), 100, 2) for value, low, high in intervals]
+        lines.append([row["network"], *cells])
+    return claims.markdown_table(rows[0], lines)
 
 
 def glue_claims(rows, data):
@@ -873,7 +780,7 @@ def glue_claims(rows, data):
         note = f"Bayes accuracy {100 * bayes:.2f}% on the test texts"
         text = "the teacher reaches 90% of the Bayes accuracy"
         found.append(claims.claim(text, "> 0.9", *interval, 0.9, note=note))
-    metric = metrics_of(data.facts["name"])[-1]
+    metric = METRICS.get(data.facts["name"], ("acc",))[-1]
     for name in by_name:
         control = f"{name.removesuffix(' kd')} onehot"
         if metric != "acc" and name.endswith(" kd") and control in by_name:
@@ -883,90 +790,76 @@ def glue_claims(rows, data):
     return found
 
 
-def report(folder, student, named, args, title):
+def report(folder, student, named, args):
     """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with claims, into `folder`."""
     onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
+    title = f"{args.task}, {args.teacher} → {student}, {len(args.seeds)} seed(s)"
     words = ["--teacher", *teachers, "--student", *kd, "--control", *onehot]
     words += ["--bootstrap", args.bootstrap, "--title", title, "--out", folder]
     analyze_deviation.main([str(word) for word in words])
+    directions = [mode for mode in args.mode if mode in SWITCHES]
+    if not directions:
+        return
     trunks, folders = {}, {}
     for k, seed in enumerate(args.seeds):
         trunks[seed], folders[seed] = dict(onehot=onehot[k], kd=kd[k]), {}
-        for direction in [mode for mode in args.mode if mode in SWITCHES]:
+        for direction in directions:
             before, after = SWITCHES[direction]
             folders[seed] |= {(direction, 0): trunks[seed][after], (direction, 1): trunks[seed][before]}
             folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
-    if set(args.mode) & set(SWITCHES):
-        given, over = dict(zip(args.seeds, teachers, strict=True)), claims.scope(len(args.seeds), len(set(teachers)))
-        rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap)
-        (folder / "switch").mkdir(exist_ok=True)
-        runs.write_json(folder / "switch" / "switch.json", dict(rows=rows))
-        runs.write_text(folder / "switch" / "switch.md", switch_distill.table_markdown(rows))
-        print(switch_distill.table_markdown(rows))
-        claims.save_claims(folder / "switch", switch_distill.switch_claims(rows), over)
-        switch_distill.plot_switches(rows, folder / "switch", title)
-        switch_distill.plot_curves(folders, trunks, args.seeds, folder / "switch", title)
+    given, folder = dict(zip(args.seeds, teachers, strict=True)), folder / "switch"
+    folder.mkdir(exist_ok=True)
+    rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap)
+    runs.write_json(folder / "switch.json", dict(rows=rows))
+    runs.write_text(folder / "switch.md", switch_distill.table_markdown(rows))
+    print(switch_distill.table_markdown(rows))
+    over = claims.scope(len(args.seeds), len(set(teachers)))
+    claims.save_claims(folder, switch_distill.switch_claims(rows), over)
+    switch_distill.plot_switches(rows, folder, title)
+    switch_distill.plot_curves(folders, trunks, args.seeds, folder, title)
 
 
 # ---------------------------------------------------------------- main
 
 
-def add_flags(parser):
-    """The flags of texts, networks and training."""
+def parse(argv):
+    parser = runs.Parser(__doc__)
+    open_share, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
     add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
     add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
     add("--max-length", type=number(int, 8, 100_000), default=128, help="texts are truncated to that many tokens")
-    add("--vocab-size", type=number(int, 300, 1_000_000), default=8000, help="most tokens of a model from scratch")
     add = parser.add_argument_group("networks and losses").add_argument
     add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
-    add("--teacher-run", help="run folder of a finished teacher instead of training one; {seed} stands for the seed")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="how students are trained")
-    share = number(float, 0, 1, open_high=True, open_low=True)
-    add("--switch-at", type=share, nargs="+", default=[0.5], help="shares of training before the switch")
-    add("--window", type=number(int, 0), default=0, help="steps in which the weights move to the new loss; 0: at once")
-    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
+    add("--switch-at", type=open_share, nargs="+", default=[0.5], help="shares of training before the switch")
+    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
     add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    softens = "softens both teacher and student in the distillation term"
-    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
+    temperature = number(float, 0, 1e6, open_low=True)
+    add("--temperature", type=temperature, default=2.0, help="softens teacher and student in the distillation term")
     add = parser.add_argument_group("training").add_argument
-    rate = number(float, 0, 1e38, open_low=True)
     add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling, from scratch alone")
-    add("--mlm-text", help="file of sentences, one per line, for it (default: the training texts)")
-    add("--mlm-lr", type=rate, help="its peak learning rate (default: twice the classifier's)")
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
     peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
-    add("--lr", type=rate, help=peak)
-    rise = number(float, 0, 1, open_high=True)
-    add("--warmup", type=rise, default=0.06, help="share of training with linear warm-up; then linear decay to 0")
-    add("--weight-decay", type=number(float, 0, 1e38), default=0.1, help="decoupled weight decay of the matrices")
+    add("--lr", type=positive, help=peak)
+    warmup = "share of training with linear warm-up; then linear decay to 0"
+    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help=warmup)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
-    add("--compile", action="store_true", help="torch.compile the model (pays off for long runs on CUDA)")
-
-
-def add_run_flags(parser):
-    """Where, how often and how loudly."""
     add = parser.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="all is trained once for each seed")
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    draws = number(int, 100, 1_000_000)
-    add("--bootstrap", type=draws, default=1000, help="bootstrap draws behind each interval")
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, help="bootstrap draws behind each interval")
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     common.add_device_flag(parser)
     common.add_process_flags(parser)
-
-
-def resolve(args):
-    """Fill in what depends on the machine, and refuse what does not fit together; returns args."""
+    args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
-    if not args.kd_weight and set(args.mode) != {"onehot"}:
-        raise InputError("--kd-weight 0 leaves nothing to distil: give it a weight above 0, or --mode onehot")
     if "{seed}" in (args.out or ""):
         raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
     args.device = engine.use_device(args.device)
@@ -975,39 +868,30 @@ def resolve(args):
     args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
     args.student, args.switch_at = (list(dict.fromkeys(named)) for named in (args.student, args.switch_at))
     args.mode = [mode for mode in MODES if mode in args.mode]
-    names = list(dict.fromkeys([args.teacher, *args.student]))
+    names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
-        what = f"two of {', '.join(names)} end alike, and their run folders are named by that"
+        what = f"two of {', '.join(sorted(names))} end alike, and their run folders are named by that"
         raise InputError(f"{what}: rename one folder")
     return args
 
 
 def main(argv=None):
-    parser = runs.Parser(__doc__)
-    add_flags(parser)
-    add_run_flags(parser)
-    args = resolve(parser.parse_args(argv))
+    args = parse(argv)
+    import huggingface_hub
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # it warns of every new head, which is what is meant
+    for library in (transformers, huggingface_hub):  # they warn of every new head, which is what is meant, and retries
+        library.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="huggingface_hub")  # between its own versions
 
     data = load_task(args.task, args.data_dir, args.subset, args.data_seed)
     task = Path(args.task.partition(":")[2] or args.task).stem
     results = Path(args.results or f"results/glue-{task}")
-    names = [] if args.teacher_run else [args.teacher]
-    models = {name: prepare(name, data, args) for name in dict.fromkeys(names + args.student)}
+    models = {name: prepare(name, data, args) for name in dict.fromkeys([args.teacher, *args.student])}
     seeds = engine.shard_of(args)
     folders = {seed: run_folders(args, args.out or f"runs/{task}", seed, models) for seed in args.seeds}
-    trained = {
-        run for seed in seeds for what, run in folders[seed].items() if what != "teacher" or not args.teacher_run
-    }
-    given = {folders[seed]["teacher"] for seed in seeds if args.teacher_run}
-    for run in given:  # a wrong one is refused before anything is discarded
-        teacher_logits(run, data)
     results.mkdir(parents=True, exist_ok=True)
-    runs.discard_runs(args, sorted(trained), given)
+    runs.discard_runs(args, [run for seed in seeds for run in folders[seed].values()])
 
     engine.run_jobs(args)
     for seed in seeds:
@@ -1019,8 +903,7 @@ def main(argv=None):
     named = {what: [folders[seed][what] for seed in seeds] for what in folders[seeds[0]] if not what.endswith(" mlm")}
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
-            title = f"{args.task}, {args.teacher_run or args.teacher} → {student}, {len(args.seeds)} seed(s)"
-            report(results / Path(student).name, student, named, args, title)
+            report(results / Path(student).name, student, named, args)
     rows = metric_rows(named, data)
     runs.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
     runs.write_text(results / "glue.md", metrics_markdown(rows))
