@@ -951,7 +951,7 @@ HEAVY = {
     engine: ("train_images",),
     analyze_deviation: ("measure",),
     benchmark: ("measure",),
-    eigenspace: ("linear_level", "classifiers_level", "ntk_level"),
+    eigenspace: ("results_of",),
     denoise_gradients: ("measure_seed",),
     glue_distill: ("train_seed", "hub"),
 }
