@@ -42,7 +42,7 @@ fig1b: .venv/ready
 
 # When does it pay to disobey? Students of teachers that are stopped on the way.
 fig-pays: fig1b
-	$(PY) when_it_pays.py $(COMMON) --quiet --stop-at $(STOP_AT) 1 --out "runs/$(NAME)" --results "results/$(NAME)/pays"
+	$(PY) when_it_pays.py $(COMMON) --quiet --jobs 2 --stop-at $(STOP_AT) 1 --out "runs/$(NAME)" --results "results/$(NAME)/pays"
 
 # The same for whole teachers in other settings of digits: how far they fit decides what is seen. Half an hour.
 variants: .venv/ready
