@@ -96,29 +96,38 @@ def run_jobs(args):
     if runs.ranks()[1] > 1:
         raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
     words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
+    quiet = ["--quiet"] * ("quiet" in args)
+    shards = [f"{first + k * every}/{len(args.seeds)}" for k in range(len(seeds))]
     threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // args.jobs))} | os.environ
-    quiet = ["--quiet"] if "quiet" in args else []
-    waiting, active, codes, told = [first + k * every for k in range(len(seeds))], [], [], False
     sys.stdout.flush()
-    with runs.interruptible() as stop:
-        while active or waiting and not stop and not any(codes):
-            while waiting and len(active) < args.jobs and not stop and not any(codes):
-                more = ["--jobs", "1", "--shard", f"{waiting.pop(0)}/{len(args.seeds)}", *quiet]
-                active.append(subprocess.Popen([sys.executable, *words, *more], env=threads))
-            time.sleep(0.1)
-            if stop and not told:
-                told = True
-                for process in active:
-                    process.terminate()  # SIGTERM: it saves and ends
-            codes += [process.returncode for process in active if process.poll() is not None]
-            active = [process for process in active if process.returncode is None]
-    if stop or 130 in codes:
+    commands = [[sys.executable, *words, "--jobs", "1", "--shard", shard, *quiet] for shard in shards]
+    codes = side_by_side(commands, args.jobs, threads)
+    if 130 in codes:
         runs.exit_interrupted()
     if 2 in codes:  # that process has said why
         raise SystemExit(2)
     if any(codes):
         what = f"the process of a seed ended with code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
         raise InputError(f"{what}: the same command goes on from what is finished")
+
+
+def side_by_side(commands, at_once, environment):
+    """Exit codes of `commands`, run `at_once` at a time; after a signal (130) or a failure no more are started."""
+    waiting, active, codes, told = list(commands), [], [], False
+    with runs.interruptible() as stop:
+        while active or waiting:
+            if stop or any(codes):
+                waiting.clear()
+            while waiting and len(active) < at_once:
+                active.append(subprocess.Popen(waiting.pop(0), env=environment))
+            time.sleep(0.1)
+            if stop and not told:  # once: a second signal would meet a process that is saving
+                told = True
+                for process in active:
+                    process.terminate()
+            codes += [process.returncode for process in active if process.poll() is not None]
+            active = [process for process in active if process.returncode is None]
+    return codes + [130] * bool(stop)
 
 
 # ---------------------------------------------------------------- measuring a model
