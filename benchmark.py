@@ -1,16 +1,16 @@
 """Speed of training: this engine against the way peer repositories train, in images per second.
 
-    python benchmark.py                                  # CPU: ResNet-8 and ResNet-20, small; CUDA: the paper's three
-    python benchmark.py --arch resnet20 --images 50000   # whole epochs of CIFAR's size
+    python benchmark.py                                  # ResNet-20
+    python benchmark.py --arch resnet56 mobilenetv2 --images 50000
 
 The peers' way is that of RepDistiller's training code: DataLoader with PIL transforms, fp32, batch 64, a teacher
-forward in every step of distillation, the loss read in every step. On a CPU, where workers compete with training for
-the cores, it is timed with several numbers of them; a speedup is over the best of these rows. Ours are timed in the
-real engine: "eager", "fast" (CUDA: the step compiled, and one CUDA graph), "table" (teacher logits looked up instead of
-computed), "two processes" (CPU: two seeds side by side, each with half of the cores, as --jobs 2 does).
+forward in every step of distillation, the loss read in every step. A speedup is over its best number of workers. Ours
+are timed in the real engine: "eager"; on CUDA "fast" (the step compiled, and one CUDA graph), as are those after it;
+for distillation "table" (teacher logits looked up instead of computed), as is that after it; "two processes" (two seeds
+side by side, each with half of the threads, at least one).
 
-Whole epochs, the first left out as warm-up, median of the rest; evaluation and checkpoints are outside. ResNet-8 runs
-on digits, other networks on random images of 32×32. Writes benchmark.json, .md, .png and .pdf into --out.
+Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
+outside. Writes benchmark.json and benchmark.md into --out.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ from runs import number
 from train_student import add_student_flags, train_student
 
 TEMPERATURE = 4.0
-WORKERS = (0, 1, 2, 8)  # of the peers' DataLoader; on CUDA the last alone
+WORKERS = (0, 1, 2, 8)  # of the peers' DataLoader
+PEERS_BATCH = 64
 
 
 def random_data(images, device, side=32, classes=100, test_images=1000):
@@ -64,12 +66,13 @@ def seconds_per_image(arch, teacher, side, classes, batch, precision, device, wi
     about the same time in any batch, of at most 32 images. On CUDA the step is one graph, but not compiled, since that
     would take a minute for each network.
     """
-    batch = batch if device == "cuda" else min(batch, 32)
+    cuda = device == "cuda"
+    batch = batch if cuda else min(batch, 32)
     data = random_data(batch, device, side, classes, test_images=1)
-    model, cuda = build(arch, data, "student", width), device == "cuda"
+    model = build(arch, data, "student", width)
     source = engine.TeacherLogits(build(teacher, data, "teacher").eval(), data, precision) if teacher else None
-    lr = torch.tensor(0.01, device=device) if cuda else 0.01
-    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
+    flags = argparse.Namespace(lr=0.01, momentum=0.9, weight_decay=5e-4, device=device)
+    optimizer = engine.sgd(model, flags, graphs=cuda)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight):
@@ -102,8 +105,7 @@ class PILImages(torch.utils.data.Dataset):
         from torchvision import transforms
         from torchvision.transforms.functional import to_pil_image
 
-        steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad)]
-        steps += [transforms.RandomHorizontalFlip()] * data.flip
+        steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad), transforms.RandomHorizontalFlip()]
         steps += [transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())]
         self.images = [to_pil_image(image) for image in data.x_train.cpu().numpy()]
         self.labels, self.transform = data.y_train.tolist(), transforms.Compose(steps)
@@ -116,14 +118,14 @@ class PILImages(torch.utils.data.Dataset):
 
 
 def peers(data, arch, kd, workers, epochs):
-    """Seconds of each epoch, after one of warm-up, as peer repositories train."""
+    """Images per second of each epoch, after one of warm-up, as peer repositories train."""
     model, teacher = (common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1))
     model, teacher = model.to(data.device), teacher.to(data.device).eval()
     pinned = data.device.type == "cuda"
     options = dict(shuffle=True, num_workers=workers, drop_last=True, pin_memory=pinned)
-    loader = torch.utils.data.DataLoader(PILImages(data), 64, **options)
+    loader = torch.utils.data.DataLoader(PILImages(data), PEERS_BATCH, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    seconds = []
+    rates = []
     for _ in range(epochs + 1):
         started, hits, loss_sum = time.perf_counter(), 0, 0.0
         for images, labels in loader:
@@ -140,144 +142,99 @@ def peers(data, arch, kd, workers, epochs):
             optimizer.step()
             loss_sum += loss.item()
             hits += (logits.argmax(1) == labels).sum().item()
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+        rates.append(len(loader) * PEERS_BATCH / (time.perf_counter() - started))
+    return rates[1:]
 
 
 # ---------------------------------------------------------------- ours
 
 
-def train_one(folder, args, arch, kd, fast, table, seed, threads=0):
-    """Train one student in the run folder folder/s<seed>, whose metrics.jsonl has the times."""
-    if threads:
-        torch.set_num_threads(threads)
-    parser, data = argparse.ArgumentParser(), data_for(args, arch)
+def student_flags(args, arch, kd):
+    """Flags of train_student.py for our ways."""
+    parser = argparse.ArgumentParser()
     common.add_flags(parser)
     add_student_flags(parser)
-    flags = parser.parse_args(["--quiet", "--arch", arch, "--device", args.device])
-    flags.data = "digits" if arch == "resnet8" else "npz:random"  # it decides the precision
-    flags.batch_size, flags.epochs, flags.fast = batch_size(args, arch), args.epochs + 1, fast
+    flags = parser.parse_args(["--quiet", "--arch", arch, "--device", args.device, "--data", "npz:random"])
+    flags.epochs, flags.batch_size = args.epochs + 1, min(args.images, 512 if args.device == "cuda" else 128)
     flags.ce_weight, flags.kd_weight = 1.0 - kd, float(kd)
-    engine.resolve(flags)
-    teacher = None
-    if kd:
-        kept = "live" if not table else "views" if args.device == "cuda" else "epochs"
-        model = build(arch, data, "teacher").eval()
+    return engine.resolve(flags)
+
+
+def train_one(folder, images, flags, table, threads, seed):
+    """Train one student in the run folder folder/s<seed>; images per second of each epoch, after one of warm-up."""
+    torch.set_num_threads(threads)
+    data, run, teacher = random_data(images, flags.device), Path(folder) / f"s{seed}", None
+    if flags.kd_weight:
+        kept = "live" if not table else "views" if flags.device == "cuda" else "epochs"
+        model = build(flags.arch, data, "teacher").eval()
         teacher = engine.TeacherLogits(model, data, flags.precision, kept, Path(folder) / "teacher-logits")
-        for epoch in range(args.epochs + 1) if table else ():  # made before, as by another student of that teacher
+        for epoch in range(flags.epochs) if table else ():  # made before, as by another student of that teacher
             teacher.follow(("student", seed), epoch, common.epoch_stream(data, "student", seed, epoch)[1])
             teacher.ready()
-    train_student(Path(folder) / f"s{seed}", flags, seed, data, teacher)
+    train_student(run, flags, seed, data, teacher)
+    return [line["images_per_s"] for line in runs.read_metrics(run)[1:]]
 
 
-def ours(args, arch, kd, fast=False, table=False, processes=1):
-    """Seconds of each epoch, after one of warm-up, for each process."""
+def ours(images, flags, table=False, processes=1):
+    """What `train_one` returns, for each process."""
     with tempfile.TemporaryDirectory() as folder:
-        job = (folder, args, arch, kd, fast, table)
+        job = (folder, images, flags, table, max(1, torch.get_num_threads() // processes))
         if processes == 1:
-            train_one(*job, seed=0)
-        else:
-            threads, context = max(1, common.cores() // processes), multiprocessing.get_context("forkserver")
-            jobs = [context.Process(target=train_one, args=(*job, seed, threads)) for seed in range(processes)]
-            for process in jobs:
-                process.start()
-            for process in jobs:
-                process.join()
-        histories = [runs.read_metrics(f"{folder}/s{seed}") for seed in range(processes)]
-        return [[line["seconds"] for line in history[1:]] for history in histories]
-
-
-# ---------------------------------------------------------------- table and chart
-
-
-def data_for(args, arch):
-    if arch == "resnet8":
-        return common.load_data("digits", device=args.device)
-    return random_data(args.images, args.device)
-
-
-def batch_size(args, arch):
-    """Images per step of our ways."""
-    return 64 if arch == "resnet8" else min(args.images, 512 if args.device == "cuda" else 128)
-
-
-def our_ways(device, kd):
-    """{name: flags of `ours`}."""
-    if device == "cuda":
-        return {"eager": {}, "fast": dict(fast=True)} | ({"fast, table": dict(fast=True, table=True)} if kd else {})
-    if not kd:
-        return {"eager": {}, "two processes": dict(processes=2)}
-    return {"eager": {}, "table": dict(table=True), "two processes, table": dict(table=True, processes=2)}
+            return [train_one(*job, 0)]
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
+            return list(pool.map(functools.partial(train_one, *job), range(processes)))
 
 
 def measure(args, arch, kd):
     """[dict]: the rows of one architecture and loss; `speedup` is over the best row of the peers."""
-    data, rows = data_for(args, arch), []
-    images = len(data.y_train)
+    data, flags = random_data(args.images, args.device), student_flags(args, arch, kd)
+    eager = argparse.Namespace(**vars(flags) | dict(fast=False))
+    loss, rows = "KD" if kd else "one-hot", []
 
-    def add_row(way, batch, seconds):
-        """seconds: of each epoch, for each process."""
-        seen = images // batch * batch
-        rate = sum(seen / statistics.median(of_process) for of_process in seconds)
-        row = dict(arch=arch, loss="KD" if kd else "one-hot", way=way, batch=batch, images_per_s=rate)
-        rows.append(row | dict(s_per_epoch=seen / rate, seconds=seconds))
-        print(f"{arch}, {row['loss']}, {way}: {rate:.0f} images/s", flush=True)
+    def add_row(way, batch, rates):
+        """rates: of each epoch, for each process."""
+        speed = sum(statistics.median(of_process) for of_process in rates)
+        rows.append(dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=rates))
+        print(f"{arch}, {loss}, {way}: {speed:.0f} images/s", flush=True)
 
-    for workers in WORKERS[-1:] if args.device == "cuda" else WORKERS:
-        add_row(f"peers, {workers} workers", 64, [peers(data, arch, kd, workers, args.epochs)])
+    for workers in WORKERS:
+        add_row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)])
     best = max(row["images_per_s"] for row in rows)
-    for way, flags in our_ways(args.device, kd).items():
-        add_row(way, batch_size(args, arch), ours(args, arch, kd, **flags))
+    add_row("eager", flags.batch_size, ours(args.images, eager))
+    if flags.fast:  # on CUDA
+        add_row("fast", flags.batch_size, ours(args.images, flags))
+    if kd:
+        add_row("table", flags.batch_size, ours(args.images, flags, table=True))
+    add_row("two processes", flags.batch_size, ours(args.images, flags, table=kd, processes=2))
     return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
-
-
-def plot(rows, folder, title):
-    plt = claims.pyplot()
-    archs = list(dict.fromkeys(row["arch"] for row in rows))
-    figure, axes = plt.subplots(1, len(archs), figsize=(5.6 * len(archs), 4), squeeze=False, layout="constrained")
-    for axis, arch in zip(axes[0], archs, strict=True):
-        chosen = [row for row in rows if row["arch"] == arch][::-1]
-        names, rates = [f"{row['loss']}: {row['way']}" for row in chosen], [row["images_per_s"] for row in chosen]
-        bars = axis.barh(names, rates, color=["tab:orange" if row["loss"] == "KD" else "tab:blue" for row in chosen])
-        axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
-        axis.margins(x=0.18)
-        axis.set(xlabel="images/s", title=arch)
-    figure.suptitle(title)
-    claims.save_figure(figure, folder, "benchmark")
 
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
-    archs = "networks (default: resnet56 resnet20 mobilenetv2 on CUDA, resnet8 resnet20 on a CPU)"
-    add("--arch", choices=common.ARCHS, nargs="+", help=archs)
-    images = "random training images (default: 50000 on CUDA, 5000 on a CPU); resnet8 has the 1,297 of digits"
+    add("--arch", choices=common.ARCHS, nargs="+", default=["resnet20"], help="networks")
+    images = "random training images (default: 50000 on CUDA, 5000 on a CPU)"
     add("--images", type=number(int, 128, 10_000_000), help=images)
-    add("--epochs", type=number(int, 1), help="timed epochs behind each median (default: 5 on CUDA, 2 on a CPU)")
+    add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
     common.add_device_flag(parser)
-    add("--out", default="results/benchmark", help="folder for table, JSON and chart")
+    add("--out", default="results/benchmark", help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
-    cuda = args.device == "cuda"
-    args.arch = args.arch or (["resnet56", "resnet20", "mobilenetv2"] if cuda else ["resnet8", "resnet20"])
-    args.images = args.images or (50_000 if cuda else 5_000)
-    args.epochs = args.epochs or (5 if cuda else 2)
+    args.images = args.images or (50_000 if args.device == "cuda" else 5_000)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     versions = runs.versions()
-    title = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}"
     rows = [row for arch in args.arch for kd in (False, True) for row in measure(args, arch, kd)]
-    headers = ["model", "loss", "way", "batch", "images/s", "s per epoch", "× best peers"]
-    cells = []
+    lines = []
     for row in rows:
-        numbers = f"{row['images_per_s']:.0f}", f"{row['s_per_epoch']:.2f}", f"{row['speedup']:.2f}"
-        cells.append([row["arch"], row["loss"], row["way"], row["batch"], *numbers])
-    text = f"{title}\n\n{claims.markdown_table(headers, cells)}"
+        words = [row[key] for key in ("arch", "loss", "way", "batch")]
+        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}"])
+    table = claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
+    text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n{table}"
     print(text)
     runs.write_json(out / "benchmark.json", dict(versions=versions, rows=rows))
     runs.write_text(out / "benchmark.md", text)
-    plot(rows, out, title)
 
 
 if __name__ == "__main__":

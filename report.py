@@ -4,8 +4,7 @@
     python report.py --runs runs more/runs --results results more/results --out results/all
 
 Reads what the other scripts left and trains nothing. The page is one file without scripts that needs no network; its
-layout is report.html.jinja. What is damaged or unfinished is left out, and the page says so. The same inputs give the
-same bytes. The paper's accuracies stand beside a run only where data, network and label noise match.
+layout is report.html.jinja. A damaged file or an unfinished run is left out, and the page names it.
 """
 
 import base64
@@ -21,32 +20,25 @@ import jinja2
 from PIL import Image
 
 import claims
-import common
 import engine
 import runs
 from switch_distill import ARROWS
 
-# Stem of a figure's file, in the order of the paper, and its caption.
+# Stem of a figure's file, in the order of the page, and its caption.
 FIGURES = {
-    "fig1a": "Figure 1a: density of Y = φ(student probability) over X = φ(teacher probability) of the class that the "
-    "teacher predicts, with y = x (dashed) and the mean fit; beside it the one-hot control.",
+    "fig1a": "Figure 1a: the student's probability (φ) of the class that the teacher predicts, over the teacher's.",
     "fig1b": "Figure 1b: test accuracy of students whose loss changes after a share s of training.",
-    "fig1b_curves": "Figure 1b: test accuracy over training, of the unswitched runs and of the switched ones.",
-    "fig1b_teachers": "Figure 1b: gain of distillation, and slope, against how well the teacher fits.",
+    "fig1b_curves": "Figure 1b: test accuracy of the same students over training.",
+    "pays": "When does it pay to disobey? Students of teachers stopped on the way.",
     "linear": "§4, least squares: progress along eigendirections, bias and variance, and where bias helps or hurts.",
     "classifiers": "§4, classifiers: progress of first-layer weights along lower eigen-buckets against the top one's.",
     "ntk": "§4, empirical NTK: progress of logits along lower eigen-buckets of the kernel against the top one's.",
     "denoise": "§5: noise scale, alignment and decrease of the held-out loss of one-hot, KD and smoothed labels.",
-    "benchmark": "Images per second of the ways to train.",
 }
 # (data, network, whether labels are noisy): the paper's test accuracy in percent, trained on labels and distilled from
 # a network of the same kind. The network and share behind the noisy numbers are not known here.
-PAPER = {("cifar100", "resnet56", False): (72.52, 74.55), ("cifar100", "resnet56", True): (69.8, 72.7)}
-SLOPE_CLAIM = "slope of the student's fit exceeds 1"  # of analyze_deviation.py
-# (kind, split): in how many of the paper's settings the slope of Figure 1a exceeds 1.
-SLOPES = {("image", "test"): "18 of 18", ("image", "train"): "13 of 18", ("language", "test"): "7 of 12"}
+PAPER = {("cifar100", "resnet56", False): ("72.52", "74.55"), ("cifar100", "resnet56", True): ("69.8", "72.7")}
 KINDS = ("teacher", "one-hot", "KD", "KD and one-hot", "switched", "other")
-WIDTH, QUALITY = 1600, 80  # of a figure on the page, in pixels and for WebP; the files beside it hold all of it
 
 # ---------------------------------------------------------------- reading
 
@@ -63,38 +55,33 @@ def read_all(read, paths, skipped):
     return results
 
 
-def folders_with(roots, *patterns):
-    """The folders in and below `roots` that hold a file of one of these patterns, sorted."""
-    found = set()
-    for root in roots:
-        for pattern in patterns:
-            found.update(file.parent for file in root.rglob(pattern))
-    return sorted(found)
+def files_below(roots, pattern):
+    """The files in and below `roots` that match `pattern`."""
+    return set().union(*(root.rglob(pattern) for root in roots))
 
 
 def read_run(folder):
-    """A finished run. All that the page shows of it is worked out here, so that a damaged file is found here."""
+    """A finished run: all that the page shows of it but its teacher, for which see `find_teachers`."""
     config = runs.read_config(folder)
     flags, facts, data = config["flags"], config["facts"], config["data"]
-    pretraining = config["role"] == "mlm"  # which leaves no logits, and has no accuracy
-    if not pretraining:
+    accuracy = None  # pretraining has none, and leaves no logits
+    if config["role"] != "mlm":
         runs.finished_config(folder)
-    elif not (folder / "metrics.jsonl").exists() or len(runs.read_metrics(folder)) < flags["epochs"]:
-        raise runs.InputError(f"{folder} is not finished: continue it with: {config['command']}")
+        accuracy = runs.last_metrics(folder)["test_acc"]
     lines = runs.read_metrics(folder)
-    accuracy = None if pretraining else runs.last_metrics(folder)["test_acc"]
-    run = SimpleNamespace(path=folder, config=config, lines=lines, accuracy=accuracy, versions=dict(config["versions"]))
-    time_of([run])  # a line without a time is found here
-    run.teacher, run.teacher_sha256 = None, str(facts.get("teacher_sha256") or "")  # see `find_teachers`
+    run = SimpleNamespace(path=folder, facts=facts, accuracy=accuracy)
+    run.seconds = {json.dumps(line): line["seconds"] for line in lines}
+    run.hardware = f"{config['versions']['hardware']}, torch {config['versions']['torch']}"
+    run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
     run.kind, run.text = kind_of(config, lines[-1]["step"])
     width = flags.get("width", 1)
     run.network = Path(config["arch"]).name + (f" ×{width:g}" if width != 1 else "")
+    run.stopped = bool(flags.get("stop_epoch"))
     run.plan = f"{flags['epochs']} epochs, batch {flags['batch_size']}, lr {flags['lr']:g}, {flags['precision']}"
-    run.plan += f", stopped after {flags['stop_epoch']}" if flags.get("stop_epoch") else ""
+    run.plan += f", stopped after {flags['stop_epoch']}" if run.stopped else ""
     run.data = f"{data['name']}, {data['n_train']:,} training {'images' if 'image' in data else 'texts'}, "
-    run.data += f"{100 * data['label_noise']:g}% label noise (sha256 {data['sha256'][:12]})"
-    in_full = not data["subset"] and width == 1
-    run.paper = PAPER.get((data["name"], config["arch"], data["label_noise"] > 0)) if in_full else None
+    run.data += f"{100 * data['label_noise']:g}% label noise"
+    run.paper = None if data["subset"] else PAPER.get((data["name"], run.network, data["label_noise"] > 0))
     compared = {name: value for name, value in flags.items() if name not in runs.NOT_COMPARED and value is not None}
     run.setting = json.dumps([compared, config["role"], data, run.text], sort_keys=True)
     seed = re.escape(str(config["seed"]))
@@ -119,82 +106,63 @@ def kind_of(config, last_step):
     return kind, f"{kind}, T = {flags['temperature']:g}"
 
 
-def find_teachers(trained, skipped):
-    """Set `teacher` of each student to the run it was distilled from, where that is among `trained`.
-
-    Students know their teacher by the hash of its weights, or for text of its training logits.
-    """
-
-    def read_hash(file):
-        if file.name == "checkpoint.pt":
-            return engine.weights_hash(runs.load_checkpoint(file)["model"])
+def teacher_hash(file):
+    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
+    if file.suffix == ".npz":
         return hashlib.sha256(runs.read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
+    return engine.weights_hash(runs.load_checkpoint(file)["model"])
 
-    known, wanted = {}, {run.teacher_sha256 for run in trained} - {""}
+
+def find_teachers(trained, skipped):
+    """Set `teacher` of each student: the network of the run in `trained` that it was distilled from, in words."""
+    known, wanted = {"": ""}, {run.teacher_sha256 for run in trained}
     for run in sorted(trained, key=lambda run: KINDS.index(run.kind)):  # likely ones first, until all are found
-        file = run.path / ("logits.npz" if "tokens_sha256" in run.config["facts"] else "checkpoint.pt")
-        if wanted and file.exists():
-            for found in read_all(read_hash, [file], skipped):
-                known.setdefault(found, run)
-                wanted.discard(found)
+        if wanted <= known.keys():
+            break
+        files = run.path.glob("logits.npz" if "tokens_sha256" in run.facts else "*.pt")
+        for file in sorted(files):  # the checkpoint, then snapshots on the way
+            stopped = run.stopped or file.stem.startswith("snapshot")
+            network = f"{run.network} stopped on the way" if stopped else run.network
+            for found in read_all(teacher_hash, [file], skipped):
+                known.setdefault(found, network)
     for run in trained:
-        run.teacher = known.get(run.teacher_sha256)
+        run.teacher = known.get(run.teacher_sha256, "teacher not among these runs")
 
 
-def read_results(path, skipped):
-    """A folder's claims and figures; `over` is what the notes of all its claims end with: of what intervals are."""
-    language = any((above / "glue.json").exists() for above in (path, *path.parents))
-    kind, order = "language" if language else "image", list(FIGURES)
+def page_order(file):
+    """Sort key of files in results: as FIGURES are ordered, each folder where its first figure is."""
 
-    def place(file):
-        return order.index(file.stem) if file.stem in order else len(order)
+    def place(stem):
+        return list(FIGURES).index(stem) if stem in FIGURES else len(FIGURES)
 
-    files = sorted(path.glob("*.png"), key=lambda file: (place(file), file))
-    tables = read_all(lambda file: read_claims(file, kind), sorted(path.glob("claims.json")), skipped)
-    rows = tables[0] if tables else []
+    stems = [figure.stem for figure in file.parent.glob("*.png")]
+    return min(map(place, stems), default=len(FIGURES)), file.parent, place(file.stem), file
+
+
+def read_claims(file):
+    """A claims table; `over` is what the notes of all its rows end with: of what intervals are."""
+    rows = claims.checked_claims(runs.read_json(file), file)
     ends = {row["note"].rpartition("; ")[2] for row in rows}
-    over = ends.pop() if len(ends) == 1 and rows[1:] else ""
+    over = ends.pop() if len(ends) == 1 else ""
     for row in rows:
         row["note"] = row["note"].removesuffix(over).removesuffix("; ")
-    first = len(order) if language else min(map(place, files), default=len(order))
-    figures = read_all(read_figure, files, skipped)
-    return SimpleNamespace(path=path, kind=kind, rows=rows, over=over, figures=figures, place=(first, path))
-
-
-def read_claims(file, kind):
-    """The rows of a claims.json, each with our number as text and with how many of the paper's settings agree."""
-    rows = claims.checked_claims(runs.read_json(file), file)
-    for row in rows:
-        if not all(isinstance(row[key], str) for key in ("claim", "expected", "verdict", "note")):
-            raise ValueError("a claim is not text")
-        split, _, text = row["claim"].partition(": ")
-        row["count"] = SLOPES.get((kind, split), "") if text == SLOPE_CLAIM else ""
-        value, low, high = row["measured"], row["low"], row["high"]
-        row["ours"] = in_words(value, low, high)
-        if value is not None and low == value == high:  # counted or proved, not measured
-            row["ours"] = claims.decimal(value).rstrip("0").rstrip(".")
-    return rows
+        row["ours"] = in_words(row["measured"], row["low"], row["high"])
+        if row["low"] == row["measured"] == row["high"]:  # counted or proved, not measured
+            row["ours"] = claims.decimal(row["measured"]).rstrip("0").rstrip(".")
+    verdicts = Counter(row["verdict"] for row in rows)
+    return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=verdicts)
 
 
 def read_figure(file):
     """A figure: caption, picture, and the command that made it (empty when not recorded)."""
     image = Image.open(file)
-    command = str(image.info.get("Command", ""))
-    image = image.convert("RGBA")  # reads all of it: a torn one ends here
-    image.thumbnail((WIDTH, 10 * WIDTH))
     content = io.BytesIO()
-    image.save(content, "WEBP", quality=QUALITY)
+    picture = image.convert("RGBA")
+    picture.thumbnail((1600, 1600))  # this and WebP keep the page of `make reproduce` below 2 MB
+    picture.save(content, "WEBP", quality=80)
     source = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
-    caption = FIGURES.get(file.stem, file.stem)
-    return SimpleNamespace(caption=caption, command=command, source=source, width=image.width, height=image.height)
-
-
-def read_analysis(file):
-    """Time and versions of one seed of an analysis, as `runs.kept_result` keeps them."""
-    kept = runs.read_json(file)
-    one = SimpleNamespace(versions=dict(kept["versions"]), lines=[dict(file=str(file), seconds=kept["seconds"])])
-    time_of([one])  # as above
-    return one
+    caption, command = FIGURES.get(file.stem, file.stem), str(image.info.get("Command", ""))
+    return SimpleNamespace(folder=file.parent, caption=caption, command=command, source=source)
 
 
 # ---------------------------------------------------------------- tables
@@ -209,7 +177,7 @@ def time_of(group):
     """The time of training as text. A switched run carries the epochs of the run it began as, and each counts once."""
     epochs = {}
     for run in group:
-        epochs.update((json.dumps(line), line["seconds"]) for line in run.lines)
+        epochs.update(run.seconds)
     seconds = sum(epochs.values())
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -219,59 +187,38 @@ def time_of(group):
 def run_tables(trained):
     """{data in words: a row for each setting}: runs named alike but for the seed, of the same flags, data and teacher.
 
-    Flags do not say everything (pretraining, the seed's own teacher), so runs of other names are never pooled.
+    Flags do not say everything (pretraining, for example), so runs of other names are never pooled.
     """
     groups, tables = {}, {}
     for run in trained:
         if run.accuracy is not None:
-            teacher = run.teacher.setting if run.teacher else run.teacher_sha256 and "unknown"
-            groups.setdefault((run.data, KINDS.index(run.kind), run.name, run.setting, teacher), []).append(run)
-    for key in sorted(groups):
-        group = groups[key]
-        run, teacher = group[0], group[0].teacher
-        source = f"{teacher.network} → " if teacher else "teacher not among these runs → " if run.teacher_sha256 else ""
-        row = dict(what=f"{run.text}, {source}{run.network}", plan=run.plan, seeds=len(group), time=time_of(group))
-        row["name"] = run.name if group[1:] else run.path.as_posix()
-        if teacher and teacher.plan != run.plan:
-            row["plan"] += f"; teacher {teacher.plan}"
+            key = (run.data, KINDS.index(run.kind), run.name, run.setting, run.teacher)
+            groups.setdefault(key, []).append(run)
+    for (data, *_), group in sorted(groups.items()):
+        run = group[0]
+        row = dict(plan=run.plan, seeds=len(group), time=time_of(group), paper=papers_accuracy(run))
+        row["name"] = run.name if len(group) > 1 else run.path
+        row["what"] = f"{run.text}, {run.teacher and run.teacher + ' → '}{run.network}"
         row["ours"] = in_words(*claims.mean_interval([run.accuracy for run in group]), 100, 2)
-        row["paper"], row["note"] = papers_accuracy(run)
-        tables.setdefault(run.data, []).append(row)
+        tables.setdefault(data, []).append(row)
     return tables
 
 
 def papers_accuracy(run):
-    """The paper's accuracy in percent for what a run trained, and whether its schedule is another one, both as text."""
-    distilled = run.kind == "KD" and run.teacher and run.teacher.paper == run.paper  # from a network like itself
-    if not run.paper or not (distilled or run.kind in ("teacher", "one-hot")):
-        return "–", ""
-    recipe = json.loads(json.dumps(dict(common.RECIPES["paper"], stop_epoch=None)))  # as config.json holds it
-    same = all(run.config["flags"].get(name) == value for name, value in recipe.items())
-    return str(run.paper[1 if distilled else 0]), "" if same else "with another schedule"
+    """The paper's accuracy in percent for what a run trained, as text."""
+    if run.paper and run.kind in ("teacher", "one-hot"):
+        return run.paper[0]
+    if run.paper and run.kind == "KD" and run.teacher == run.network:
+        return run.paper[1]
+    return "–"
 
 
-def slope_counts(folders):
-    """(kind, split, the paper's count of settings whose slope exceeds 1, ours)."""
-    counts = []
-    for (kind, split), count in SLOPES.items():
-        slopes = set()  # the same runs analysed into two folders count once
-        for folder in folders:
-            found = [row for row in folder.rows if row["claim"] == f"{split}: {SLOPE_CLAIM}"]
-            slopes.update((row["measured"] or 0, row["ours"]) for row in found if folder.kind == kind)
-        above = sum(value > 1 for value, _ in slopes)
-        counts.append((kind, split, count, f"{above} of {len(slopes)}" if slopes else "not run"))
-    return counts
-
-
-def hardware_rows(trained, analyses):
-    """(hardware, threads, torch, Python, commit, work, time)."""
+def hardware_lines(trained):
+    """What ran where, and how long: a line for each machine."""
     groups = {}
-    for work, ones in (("training runs", trained), ("seeds of analyses", analyses)):
-        for one in ones:
-            names = ("hardware", "threads", "torch", "python", "git_commit")
-            key = (*(str(one.versions.get(name) or "?") for name in names), work)
-            groups.setdefault(key, []).append(one)
-    return [(*key[:-1], f"{len(group)} {key[-1]}", time_of(group)) for key, group in sorted(groups.items())]
+    for run in trained:
+        groups.setdefault(run.hardware, []).append(run)
+    return [f"{name}: {len(group)} runs, {time_of(group)}" for name, group in sorted(groups.items())]
 
 
 def main(argv=None):
@@ -286,36 +233,28 @@ def main(argv=None):
             raise runs.InputError(f"{folder} is not a folder: check --runs and --results")
 
     skipped = []
-    trained = read_all(read_run, folders_with(args.runs, "config.json", "metrics.jsonl", "logits.npz"), skipped)
-    folders = [read_results(path, skipped) for path in folders_with(args.results, "claims.json", "*.png")]
-    folders = sorted((folder for folder in folders if folder.rows or folder.figures), key=lambda folder: folder.place)
-    if not trained and not folders:
-        first = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
-        nothing = "nothing to report: no finished run below --runs, no figure or claim below --results"
-        raise runs.InputError(f"{nothing}{first}; run make reproduce first, or give --runs and --results")
+    trained = read_all(read_run, sorted(file.parent for file in files_below(args.runs, "config.json")), skipped)
     find_teachers(trained, skipped)
-    seeds = sorted(set().union(*(root.rglob("seeds/*.json") for root in args.results)))
-    analyses = read_all(read_analysis, seeds, skipped)
+    tables = read_all(read_claims, sorted(files_below(args.results, "claims.json"), key=page_order), skipped)
+    figures = read_all(read_figure, sorted(files_below(args.results, "*.png"), key=page_order), skipped)
+    if not (trained or tables or figures or skipped):
+        nothing = "nothing to report: no run below --runs, no figure or claim below --results"
+        raise runs.InputError(f"{nothing}; run make reproduce first, or give --runs and --results")
 
-    verdicts = Counter()
-    for folder in folders:
-        verdicts.update(row["verdict"] for row in folder.rows)
-    blocks = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
-    layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
+    layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = layout.get_template("report.html.jinja").render(
-        folders=folders,
-        verdicts=verdicts,
-        slopes=slope_counts(folders),
+        claims=tables,
+        verdicts=sum((table.verdicts for table in tables), Counter()),
+        figures=figures,
         tables=run_tables(trained),
-        hardware=hardware_rows(trained, analyses),
+        hardware=hardware_lines(trained),
         skipped=skipped,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     runs.write_text(args.out / "index.html", page)
-    figures = sum(len(folder.figures) for folder in folders)
     left_out = f"; {len(skipped)} damaged or unfinished left out" if skipped else ""
-    print(f"report: {args.out / 'index.html'}, of {len(trained)} runs and {figures} figures{left_out}")
+    print(f"report: {args.out / 'index.html'}, of {len(trained)} runs and {len(figures)} figures{left_out}")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch,
     rows = runs.read_json(tmp_path / "b" / "benchmark.json")["rows"]
     peers = [f"peers, {workers} workers" for workers in (0, 2)]
     ways = [("one-hot", way) for way in (*peers, "eager", "two processes")]
-    ways += [("KD", way) for way in (*peers, "eager", "table", "two processes, table")]
+    ways += [("KD", way) for way in (*peers, "eager", "table", "two processes")]
     assert [(row["loss"], row["way"]) for row in rows] == ways
     for row in rows:
-        assert len(row["seconds"]) == 1 + ("processes" in row["way"]) and {len(part) for part in row["seconds"]} == {1}
-        rates = [128 / statistics.median(part) for part in row["seconds"]]
-        assert row["images_per_s"] == pytest.approx(sum(rates))
+        assert len(row["rates"]) == 1 + ("processes" in row["way"]) and {len(part) for part in row["rates"]} == {1}
+        assert row["images_per_s"] == pytest.approx(sum(statistics.median(part) for part in row["rates"]))
         of_peers = [one for one in rows if one["loss"] == row["loss"] and one["way"] in peers]
         best = max(one["images_per_s"] for one in of_peers)
         assert row["speedup"] == pytest.approx(row["images_per_s"] / best)
     table = (tmp_path / "b" / "benchmark.md").read_text()
     assert table.count("\n| mlp") == 9 and table.strip() in text
-    assert (tmp_path / "b" / "benchmark.png").stat().st_size > 1000
 
 
 def test_a_step_is_timed_for_each_network_once():
