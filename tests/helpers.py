@@ -1,10 +1,17 @@
-"""What tests share: running a script as a user does, one-line errors, small data, comparing run folders."""
+"""What tests share: running a script, with faults too, what it answers, small and damaged data, comparing run folders.
 
+Forked processes import this file before the script: it should import little itself.
+"""
+
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,12 +20,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import engine
 import runs
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = ["--epochs", "2", "--width", "0.25", "--subset", "300", "--quiet", "--device", "cpu"]
-TIMES = ("seconds", "images_per_s", "tokens_per_s")
+TIMES = ("seconds", "images_per_s", "tokens_per_s", "spent")
+SOAK = "DISOBEY_SOAK" in os.environ  # make soak: twenty kills for each command, and thirty times the random input
+
+# ---------------------------------------------------------------- scripts in processes of their own
 
 
 def forked(script, args, cwd, out, err):
@@ -30,22 +44,33 @@ def forked(script, args, cwd, out, err):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_cli(script, *args, cwd):
-    """Run a script as a user does; returns its exit code and output. The process is forked from one that has torch
-    loaded already, which saves the two seconds that importing it takes."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # several run at once
+def forkserver():
+    """Processes of this context are forked from one that has torch loaded already, which saves two seconds each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "scipy.stats", "matplotlib.pyplot"])
+    modules = ["torch._dynamo", "sklearn.datasets", "scipy.stats", "matplotlib.pyplot", "hypothesis"]
+    context.set_forkserver_preload(modules)
+    return context
+
+
+def run_forked(function, script, args, cwd, *more):
+    """Exit code and output of `function(script, args, cwd, out, err, *more)` in a forked process; see `forked`."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # several run at once
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = context.Process(target=forked, args=(script, [str(arg) for arg in args], cwd, out, err))
+        words = [str(arg) for arg in args]
+        process = forkserver().Process(target=function, args=(script, words, cwd, out, err, *more))
         process.start()
         process.join()
         return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text())
 
 
+def run_cli(script, *args, cwd):
+    """Run a script as a user does, but in a forked process; returns its exit code and output."""
+    return run_forked(forked, script, args, cwd)
+
+
 def run_process(script, *args, cwd):
-    """The same in a process of its own, from nothing."""
+    """The same in a process that starts from nothing."""
     command = [sys.executable, str(HERE / script), *map(str, args)]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
@@ -65,6 +90,158 @@ def one_line_error(process, *words):
     )
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def faulty(script, args, cwd, out, err, seen_file, kind, at):
+    """`forked` with one fault, and a checkpoint after every step.
+
+    kind: step, SIGKILL before the at-th step of an optimiser; before, half, rename, after, SIGKILL while the at-th file
+    is written: before it, when half of it is there, before its renaming, after it; full, no space from the at-th file
+    on; limit, no file may exceed `at` bytes.
+    """
+    seen = dict(steps=0, writes=0)
+    write_atomic, replace = runs.write_atomic, os.replace
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace_and_kill(*names):
+        replace(*names)
+        kill()
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def count_step(*_):
+        seen["steps"] += 1
+        if kind == "step" and seen["steps"] == at:
+            kill()
+
+    def faulty_write(path, write):
+        seen["writes"] += 1
+        if kind in ("step", "limit") or seen["writes"] != at:
+            return write_atomic(path, write)
+
+        def half(file):
+            content = io.BytesIO()
+            write(content)
+            file.write(content.getvalue()[: len(content.getvalue()) // 2])
+            file.flush()
+            kill()
+
+        if kind == "before":
+            kill()
+        if kind == "rename":
+            os.replace = kill
+        if kind == "after":
+            os.replace = replace_and_kill
+        if kind == "full":
+            os.fsync, seen["path"] = no_space, str(path)
+        write_atomic(path, half if kind == "half" else write)
+
+    register_optimizer_step_pre_hook(count_step)
+    runs.write_atomic, engine.SAVE_SECONDS = faulty_write, 0
+    if kind == "limit":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
+    try:
+        forked(script, args, cwd, out, err)
+    finally:
+        seen_file.write_text(json.dumps(seen))
+
+
+def run_with_fault(script, args, cwd, kind="none", at=0):
+    """`run_cli` with a fault (see `faulty`); `seen` counts its steps and files, if the process lived to tell."""
+    cwd.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        seen = Path(folder) / "seen"
+        process = run_forked(faulty, script, args, cwd, seen, kind, at)
+        process.seen = json.loads(seen.read_text()) if seen.exists() else {}
+        return process
+
+
+# ---------------------------------------------------------------- scripts in this process
+
+
+class Reached(BaseException):
+    """The heavy work begins: all flags were accepted."""
+
+
+class Crash(BaseException):
+    """Ends training at once, as a kill does."""
+
+
+def outcome(module, *argv):
+    """("refused", its line), ("finished", its output) or ("accepted", "") of a script run here; all else fails."""
+    argv = [str(arg) for arg in argv]
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    handler, code = signal.getsignal(signal.SIGTERM), 0
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            runs.cli(lambda: module.main(argv))
+    except SystemExit as end:
+        code = end.code
+    except Reached:
+        return "accepted", ""
+    except Exception as error:
+        raise AssertionError(f"{module.__name__} {argv}: {error!r}") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    printed, complaint = (stream.buffer.getvalue().decode() for stream in streams)
+    if not code:
+        return "finished", printed
+    lines = [line for line in complaint.splitlines() if line and "reading pictures" not in line]  # no progress bar
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (module.__name__, argv, code, complaint)
+    return "refused", lines[0]
+
+
+def refused(module, *argv):
+    """The one line with which a script refuses."""
+    what, line = outcome(module, *argv)
+    assert what == "refused", (module.__name__, argv, what, line)
+    return line
+
+
+def finished(module, *argv):
+    """What a script that ends well prints."""
+    what, output = outcome(module, *argv)
+    assert what == "finished", (module.__name__, argv, what, output)
+    return output
+
+
+def input_error(module, *argv):
+    """The message of the InputError that a script raises, in one line."""
+    try:
+        module.main([str(arg) for arg in argv])
+    except runs.InputError as error:
+        return " ".join(str(error).split())
+    raise AssertionError(f"{module.__name__} {argv}: not refused")
+
+
+def valid_or_refused(read):
+    """What `read()` gives, or None where it raises InputError with a message; all else fails."""
+    try:
+        return read()
+    except runs.InputError as error:
+        assert str(error).strip()
+
+
+# ---------------------------------------------------------------- run folders and data
+
+
+def copy_run(source, target, **changed):
+    """A copy of a run folder; changed maps a file name to a function of its bytes, or to None to leave it out."""
+    target.mkdir()
+    for file in source.iterdir():
+        change = changed.get(file.name.split(".")[0], bytes)
+        if change is not None:
+            (target / file.name).write_bytes(change(file.read_bytes()))
+
+
+def files_below(folder, pattern="**/*"):
+    """Content of the files below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).glob(pattern) if path.is_file()}
 
 
 def hashes(folder):
@@ -88,6 +265,17 @@ def same_run(one, other):
     return same and weights.keys() == other_weights.keys() and metrics == other_metrics
 
 
+def plain(value, left_out=()):
+    """A value with its tensors and arrays as bytes, so that == compares all of it but the keys in `left_out`."""
+    if isinstance(value, dict):
+        return {key: plain(part, left_out) for key, part in value.items() if key not in left_out}
+    if isinstance(value, (list, tuple)):
+        return [plain(part, left_out) for part in value]
+    if torch.is_tensor(value):
+        value = value.numpy()
+    return (str(value.dtype), value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
 def write_arrays(path, n=60, side=16, classes=4, channels=3):
     """A random dataset as .npz; returns its arrays."""
     rng = np.random.default_rng(1)
@@ -95,3 +283,70 @@ def write_arrays(path, n=60, side=16, classes=4, channels=3):
     arrays.update({f"y_{s}": np.arange(n) % classes for s in ("train", "test")})
     np.savez(path, **arrays)
     return arrays
+
+
+# ---------------------------------------------------------------- random, damaged and malicious input
+
+DTYPES = [*"u1 i1 i4 i8 u8 f2 f4 f8 g c8 ? m8[s] M8[D] U3 S4 V3".split(), [("a", "f4")]]
+
+
+def fuzz(examples):
+    """Settings for random input: the same examples every time, or with DISOBEY_SOAK 30 times as many new ones."""
+    return settings(
+        max_examples=examples * (30 if SOAK else 1),
+        derandomize=not SOAK,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@st.composite
+def damage_to(draw, content):
+    """`content` (bytes) cut, with flipped bits, with zeros, with bytes too many, or with a part of it repeated."""
+    # Spread over the whole file: hypothesis prefers small numbers. Headers and directories get more.
+    anywhere = st.integers(0, 2**32 - 1).map(lambda k: (k * 2_654_435_761 % 2**32) * len(content) >> 32)
+    ends = min(len(content), 400)
+    place = anywhere | st.integers(0, ends - 1) | st.integers(1, ends).map(lambda k: len(content) - k)
+    at, to = sorted((draw(place), draw(place)))
+    kind = draw(st.sampled_from(("bits", "bits", "zeros", "cut", "more", "again")))
+    if kind == "bits":
+        changed = bytearray(content)
+        for k in draw(st.sets(place, min_size=1, max_size=3)):
+            changed[k] ^= 1 << draw(st.integers(0, 7))
+        return bytes(changed)
+    if kind == "more":
+        return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
+    return dict(
+        cut=content[:at], zeros=content[:at] + bytes(to - at) + content[to:], again=content[:to] + content[at:]
+    )[kind]
+
+
+def damaged(content, draw):
+    """`content` (bytes) cut, with a flipped bit, with zeros, or with a part of it repeated. draw: a random.Random."""
+    at, to = sorted(draw.randrange(len(content)) for _ in range(2))
+    bits = bytearray(content)
+    bits[at] ^= 1 << draw.randrange(8)
+    zeros = content[:at] + bytes(to - at) + content[to:]
+    return draw.choice([bytes(bits), bytes(bits), zeros, content[:at], content[:to] + content[at:]])
+
+
+def odd_arrays(*shapes):
+    """Arrays of any type in some of these shapes and others, holding 0, 1, 2, 0, … where the type has numbers."""
+
+    def make(dtype, shape):
+        array = np.zeros(shape, np.dtype(dtype))
+        if array.dtype.kind in "iufcm":
+            array.reshape(-1)[:] = np.arange(array.size) % 3
+        return array
+
+    types = st.sampled_from(("u1", "i8", "f4")) | st.sampled_from(DTYPES)
+    return st.builds(make, types, st.sampled_from(shapes) | st.sampled_from(((), (0,), (7,), (2, 2, 2, 2, 2))))
+
+
+class Malicious:
+    """Unpickled, it makes a file in the working folder."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)

@@ -13,8 +13,19 @@ import safetensors.torch
 import scipy.special
 import scipy.stats
 import torch
-from helpers import ok, one_line_error, run_cli, run_process
-from hypothesis import HealthCheck, given, settings
+from helpers import (
+    Malicious,
+    damage_to,
+    fuzz,
+    input_error,
+    odd_arrays,
+    ok,
+    one_line_error,
+    run_cli,
+    run_process,
+    valid_or_refused,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,14 +33,6 @@ import analyze_deviation
 import engine
 import runs
 import switch_distill
-
-SOAK = "DISOBEY_SOAK" in os.environ
-
-
-def fuzz(examples):
-    """Settings for random input: in `make test` the same examples every time, in `make soak` more, and new ones."""
-    options = dict(database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-    return settings(max_examples=examples * (30 if SOAK else 1), derandomize=not SOAK, **options)
 
 
 def random_points(n=400, classes=6, seed=0, spread=2.0):
@@ -194,13 +197,6 @@ def test_odd_names_reach_figures_and_tables(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- bad input
 
 
-def refused(*words):
-    """The one line with which analyze_deviation.py refuses."""
-    with pytest.raises(runs.InputError) as caught:
-        analyze_deviation.main([str(word) for word in words])
-    return str(caught.value)
-
-
 def test_bad_logits_get_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     point = random_points(50)
@@ -233,9 +229,10 @@ def test_bad_logits_get_one_line(tmp_path, monkeypatch):
         ("--control", "x", "give either"),
     ]
     for flag, value, message in cases:
-        assert message in refused(*good, flag, value)
-    assert "needs --student-logits and --labels" in refused(*good[:4])
-    assert "give either" in refused() and "give either" in refused(*good, "--teacher", "x", "--student", "y")
+        assert message in input_error(analyze_deviation, *good, flag, value)
+    assert "needs --student-logits and --labels" in input_error(analyze_deviation, *good[:4])
+    for words in ((), (*good, "--teacher", "x", "--student", "y")):
+        assert "give either" in input_error(analyze_deviation, *words)
     assert not Path("never").exists()
     for flag, value, word in (("--out", "/proc/figure", "/proc/figure"), ("--bootstrap", "1", "--bootstrap")):
         one_line_error(run_cli("analyze_deviation.py", *good, flag, value, cwd=tmp_path), word)
@@ -260,15 +257,8 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
         (["--student", student, other, "torn", "--control", "unfinished", "relabelled"], "cannot be paired"),
     ]
     for words, message in cases:
-        assert message in refused("--teacher", teacher, *words, "--out", "never")
+        assert message in input_error(analyze_deviation, "--teacher", teacher, *words, "--out", "never")
     assert not Path("never").exists()
-
-
-class Malicious:
-    """Unpickled, it makes a file in the working folder."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
 
 
 def test_malicious_arrays_never_run(tiny_runs, tmp_path, monkeypatch):
@@ -280,30 +270,12 @@ def test_malicious_arrays_never_run(tiny_runs, tmp_path, monkeypatch):
     np.savez("objects.npz", **{name: evil for name in (*engine.LOGITS, "x")})
     for file in ("objects.npy", "plain.npy", "plain.npz", "objects.npz:x"):
         words = [word for flag in ("--teacher-logits", "--student-logits", "--labels") for word in (flag, file)]
-        assert file.split(":")[0] in refused(*words)
+        assert file.split(":")[0] in input_error(analyze_deviation, *words)
     shutil.copytree(tiny_runs / "runs" / "kd-s0", "kd")
     shutil.copy("objects.npz", "kd/logits.npz")
-    assert "logits.npz" in refused("--teacher", tiny_runs / "runs" / "teacher-s0", "--student", "kd")
+    teacher = tiny_runs / "runs" / "teacher-s0"
+    assert "logits.npz" in input_error(analyze_deviation, "--teacher", teacher, "--student", "kd")
     assert not Path("ran").exists()
-
-
-def valid_or_refused(read):
-    """What `read()` gives, or None where it raises InputError with a message; all else fails."""
-    try:
-        return read()
-    except runs.InputError as error:
-        assert str(error).strip()
-
-
-@st.composite
-def odd_arrays(draw, shapes):
-    """An array of any type in one of these shapes or another, holding 0, 1, 2, 0, … where the type has numbers."""
-    kinds = ("u1", "i8", "f4", "?", "f2", "f8", "c8", "U3", "S2", "M8[s]", "m8[s]", "V4", "i4", "u8")
-    shape = draw(st.sampled_from((*shapes, (), (0,), (7,), (2, 2, 2, 2, 2))))
-    array = np.zeros(shape, np.dtype(draw(st.sampled_from(kinds))))
-    if array.dtype.kind in "iufcm":
-        array.reshape(-1)[:] = np.arange(array.size) % 3
-    return array
 
 
 def test_fuzz_logits_of_other_shapes_and_types_are_refused_or_measured(tiny_runs, tmp_path):
@@ -311,7 +283,7 @@ def test_fuzz_logits_of_other_shapes_and_types_are_refused_or_measured(tiny_runs
     shutil.copytree(tiny_runs / "runs" / "kd-s0", student)
     good = runs.read_npz(student / "logits.npz", engine.LOGITS)
     n, m = len(good["train_labels"]), len(good["test_labels"])
-    arrays = odd_arrays([(n, 10), (m, 10), (m, 9), (n, 1), (7, 10), (m,), (n,), (m, 1)])
+    arrays = odd_arrays((n, 10), (m, 10), (m, 9), (n, 1), (7, 10), (m,), (n,), (m, 1))
 
     @fuzz(25)
     @given(st.dictionaries(st.sampled_from(engine.LOGITS), arrays, min_size=1, max_size=2))
@@ -330,22 +302,6 @@ def test_fuzz_logits_of_other_shapes_and_types_are_refused_or_measured(tiny_runs
         valid_or_refused(lambda: analyze_deviation.points_from_files(files))
 
     check()
-
-
-@st.composite
-def damage_to(draw, content):
-    """`content` (bytes) cut, with flipped bits, with zeros, with bytes too many, or with a part of it repeated."""
-    place = st.integers(0, len(content) - 1) | st.integers(0, 130)  # often in the header
-    at, to = sorted((draw(place), draw(place)))
-    kind = draw(st.sampled_from(("bits", "bits", "zeros", "cut", "more", "again")))
-    if kind == "bits":
-        changed = bytearray(content)
-        for k in draw(st.sets(place, min_size=1, max_size=3)):
-            changed[k] ^= 1 << draw(st.integers(0, 7))
-        return bytes(changed)
-    more = content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
-    zeros = content[:at] + bytes(to - at) + content[to:]
-    return dict(cut=content[:at], zeros=zeros, more=more, again=content[:to] + content[at:])[kind]
 
 
 def test_fuzz_damaged_npy_files_are_refused_or_hold_logits(tmp_path, monkeypatch):

@@ -4,10 +4,8 @@ import contextlib
 import functools
 import hashlib
 import http.server
-import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,11 +22,30 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from helpers import TINY, hashes, ok, one_line_error, run_cli, write_arrays
-from hypothesis import HealthCheck, given, settings
+from helpers import (
+    SOAK,
+    TINY,
+    Malicious,
+    Reached,
+    copy_run,
+    damage_to,
+    files_below,
+    finished,
+    forkserver,
+    fuzz,
+    hashes,
+    odd_arrays,
+    ok,
+    one_line_error,
+    outcome,
+    refused,
+    run_cli,
+    valid_or_refused,
+    write_arrays,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import SOAK, Malicious, copy_run
 
 import analyze_deviation
 import benchmark
@@ -43,97 +60,6 @@ import train_student
 import train_teacher
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
-
-# ---------------------------------------------------------------- random and damaged input
-
-
-def fuzz(examples):
-    """Settings for random input: the same examples every time, or with DISOBEY_SOAK 30 times as many new ones."""
-    return settings(
-        max_examples=examples * (30 if SOAK else 1),
-        derandomize=not SOAK,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-@st.composite
-def damage_to(draw, content):
-    """`content` (bytes) cut, with flipped bits, with zeros, with bytes too many, or with a part of it repeated."""
-    # Spread over the whole file: hypothesis prefers small numbers. Headers and directories get more.
-    anywhere = st.integers(0, 2**32 - 1).map(lambda k: (k * 2_654_435_761 % 2**32) * len(content) >> 32)
-    ends = min(len(content), 400)
-    place = anywhere | st.integers(0, ends - 1) | st.integers(1, ends).map(lambda k: len(content) - k)
-    at, to = sorted((draw(place), draw(place)))
-    kind = draw(st.sampled_from(("bits", "bits", "zeros", "cut", "more", "again")))
-    if kind == "bits":
-        changed = bytearray(content)
-        for k in draw(st.sets(place, min_size=1, max_size=3)):
-            changed[k] ^= 1 << draw(st.integers(0, 7))
-        return bytes(changed)
-    if kind == "more":
-        return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
-    return dict(
-        cut=content[:at], zeros=content[:at] + bytes(to - at) + content[to:], again=content[:to] + content[at:]
-    )[kind]
-
-
-def damage_to_one_of(good):
-    """(file, damaged content) of one of the files in `good`, which maps them to their bytes."""
-    return st.sampled_from(sorted(good)).flatmap(lambda file: st.tuples(st.just(file), damage_to(good[file])))
-
-
-def valid_or_refused(read):
-    """What `read()` gives, or None where it raises InputError with a message; all else fails."""
-    try:
-        return read()
-    except runs.InputError as error:
-        assert str(error).strip()
-
-
-class Reached(BaseException):
-    """The heavy work begins: all flags were accepted."""
-
-
-def outcome(module, *argv):
-    """("refused", its line), ("finished", its output) or ("accepted", "") of a script run here; all else fails."""
-    argv = [str(arg) for arg in argv]
-    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
-    handler, code = signal.getsignal(signal.SIGTERM), 0
-    try:
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            runs.cli(lambda: module.main(argv))
-    except SystemExit as end:
-        code = end.code
-    except Reached:
-        return "accepted", ""
-    except Exception as error:
-        raise AssertionError(f"{module.__name__} {argv}: {error!r}") from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    printed, complaint = (stream.buffer.getvalue().decode() for stream in streams)
-    if not code:
-        return "finished", printed
-    lines = [line for line in complaint.splitlines() if line and "reading pictures" not in line]  # no progress bar
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (module.__name__, argv, code, complaint)
-    return "refused", lines[0]
-
-
-def refused(module, *argv):
-    """The one line with which a script refuses."""
-    what, line = outcome(module, *argv)
-    assert what == "refused", (module.__name__, argv, what, line)
-    return line
-
-
-def finished(module, *argv):
-    """What a script that ends well prints."""
-    what, output = outcome(module, *argv)
-    assert what == "finished", (module.__name__, argv, what, output)
-    return output
-
 
 # ---------------------------------------------------------------- models
 
@@ -634,9 +560,7 @@ def kill_at_picture(root, at):
 
 def test_a_preparation_that_was_killed_leaves_nothing_that_counts(tmp_path):
     root = write_pictures(tmp_path / "images")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine", "scipy.stats", "matplotlib.pyplot"])
-    process = context.Process(target=kill_at_picture, args=(root, 7))
+    process = forkserver().Process(target=kill_at_picture, args=(root, 7))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not prepared(tmp_path)
@@ -1034,15 +958,14 @@ def light_scripts(folder, tiny_runs):
         yield
 
 
-def files_below(folder):
+def files_but_locks(folder):
     """Content of all files but locks, which a reader of data may leave."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path: path.read_bytes() for path in files}
+    return {path: content for path, content in files_below(folder).items() if path.suffix != ".lock"}
 
 
 def discard_what_started(folder, before):
     """Remove what commands that reached training began: config.json in folders that were not there."""
-    for path in set(files_below(folder)) - set(before):
+    for path in set(files_but_locks(folder)) - set(before):
         assert path.name == "config.json", path
         path.unlink()
 
@@ -1055,14 +978,14 @@ def restore(folder, before, may_have_changed):
             if not path.exists() or path.read_bytes() != content:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
-    assert files_below(folder) == before
+    assert files_but_locks(folder) == before
 
 
 @pytest.mark.parametrize("module", SCRIPTS)
 def test_fuzz_every_flag_takes_its_kind_of_value_alone(module, tiny_runs, tmp_path):
     draw = random.Random(module.__name__)
     with light_scripts(tmp_path, tiny_runs):
-        before, required = files_below(tmp_path), REQUIRED.get(module.__name__, [])
+        before, required = files_but_locks(tmp_path), REQUIRED.get(module.__name__, [])
         for action in actions_of(module):
             flag = action.option_strings[0]
             if action.nargs == 0:
@@ -1109,7 +1032,7 @@ def command_lines(draw, actions):
 def test_fuzz_flags_that_meet_end_in_work_or_one_line(module, tiny_runs, tmp_path):
     actions = actions_of(module)
     with light_scripts(tmp_path, tiny_runs):
-        before = files_below(tmp_path)
+        before = files_but_locks(tmp_path)
 
         @fuzz(25)
         @given(command_lines(actions))
@@ -1132,21 +1055,6 @@ def test_names_of_odd_bytes_train(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- damaged and malicious data
-
-DTYPES = ("u1", "i1", "i8", "u8", "f2", "f4", "f8", "g", "c8", "?", "m8[s]", "M8[D]", "U3", "S4", "V3", [("a", "f4")])
-
-
-def odd_arrays(*shapes):
-    """Arrays of any type in some of these shapes and others, holding 0, 1, 2, 0, … where the type has numbers."""
-
-    def make(dtype, shape):
-        array = np.zeros(shape, np.dtype(dtype))
-        if array.dtype.kind in "iufcm":
-            array.reshape(-1)[:] = np.arange(array.size) % 3
-        return array
-
-    types = st.sampled_from(("u1", "i8", "f4")) | st.sampled_from(DTYPES)
-    return st.builds(make, types, st.sampled_from(shapes) | st.sampled_from(((), (0,), (7,), (2, 2, 2, 2, 2))))
 
 
 def test_fuzz_datasets_of_other_shapes_and_types_are_refused_or_trained_on(tmp_path, monkeypatch):
@@ -1171,6 +1079,11 @@ def test_fuzz_datasets_of_other_shapes_and_types_are_refused_or_trained_on(tmp_p
         assert Path("d.npz").read_bytes() == before
 
     check()
+
+
+def damage_to_one_of(good):
+    """(file, damaged content) of one of the files in `good`, which maps them to their bytes."""
+    return st.sampled_from(sorted(good)).flatmap(lambda file: st.tuples(st.just(file), damage_to(good[file])))
 
 
 def forget_prepared(folder):

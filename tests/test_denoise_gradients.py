@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, hashes, ok, run_cli, same_run
+from helpers import TINY, files_below, hashes, ok, run_cli, same_run
 from torch import nn
 
 import common
@@ -218,21 +218,14 @@ def test_figure_statistics_and_claims(finished):
 def test_second_call_only_draws_and_other_settings_are_refused(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     out = finished / "results/denoise"
-    before = {name: value for name, value in hashes_of(out).items() if not name.endswith("png")}  # it holds the command
+    # The picture holds the command.
+    before = {path: content for path, content in files_below(out).items() if path.suffix != ".png"}
     monkeypatch.setattr(denoise_gradients, "measure", None)  # calling it would fail
     denoise_gradients.main([*FLAGS, "--seeds", "0", "1"])
     assert capsys.readouterr().out.count("is finished already") == 8
-    assert before.items() <= hashes_of(out).items()
+    assert before.items() <= files_below(out).items()
     with pytest.raises(InputError, match=r"denoise-s0.json was made with other settings \(batches\)"):
         denoise_gradients.main([*FLAGS, "--seeds", "0", "1", "--batches", "3"])
-
-
-def hashes_of(out):
-    return {name: value for folder in (out, out / "seeds") for name, value in files_of(folder).items()}
-
-
-def files_of(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def test_runs_are_those_of_the_training_scripts(finished, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import ok, one_line_error, run_cli
+from helpers import damaged, files_below, ok, one_line_error, run_cli, valid_or_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -312,10 +312,6 @@ def test_share_fitted_and_centring():
 # ---------------------------------------------------------------- the command
 
 
-def files_below(folder, pattern):
-    return {path: path.read_bytes() for path in Path(folder).glob(pattern)}
-
-
 def results_in(folder):
     """What is kept of the seeds, without times."""
     return {path.name: json.loads(text)["result"] for path, text in files_below(folder, "seeds/*.json").items()}
@@ -344,8 +340,8 @@ def test_eigenspace_runs_keeps_its_seeds_and_refuses_other_settings(tmp_path):
     one_line_error(refusal, "temperature", "--overwrite")
     assert files_below(out, "seeds/*.json") == kept
     seed = out / "seeds/linear-s0.json"
-    for damaged in ("[]", '{"settings": 3}', '{"settings": {}, "result": {}}', "{"):
-        seed.write_text(damaged)
+    for text in ("[]", '{"settings": 3}', '{"settings": {}, "result": {}}', "{"):
+        seed.write_text(text)
         with pytest.raises(runs.InputError, match="linear-s0.json"):
             eigenspace.main([*flags, "--level", "linear"])
     seed.write_bytes(kept[seed])
@@ -415,29 +411,23 @@ def test_a_wrong_architecture_fails_before_overwrite_discards_anything(tmp_path)
     assert files_below(tmp_path, "**/*.json") == before
 
 
-def damaged(content, draw):
-    """`content` (bytes) with a flipped bit, cut, or with a part of it repeated."""
-    at, to = sorted(draw.randrange(len(content)) for _ in range(2))
-    flipped = content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
-    return draw.choice((flipped, flipped, content[:at], content[:to] + content[at:]))
-
-
 def test_damaged_results_are_refused_or_the_same(tmp_path):
     result, draw = dict(mean=dict(student=0.25, control=float("nan")), levels=[0.5, 1.0]), random.Random(0)
     seed, level = tmp_path / "x-s0.json", tmp_path / "linear.json"
     runs.kept_result(seed, dict(lr=1), result.copy)
     runs.write_json(level, dict(claims=[claims.claim("slope", "> 1", 1.25, 1.0, 1.5, 1)]))
     good_seed, good_level = seed.read_bytes(), level.read_bytes()
+
+    def read_seed():
+        assert repr(runs.kept_result(seed, dict(lr=1), None)) == repr(result)
+
+    def read_level():
+        claims.claims_markdown(eigenspace.kept_claims(level))
+
     for _ in range(100):
         seed.write_bytes(damaged(good_seed, draw))
         level.write_bytes(damaged(good_level, draw))
         before = files_below(tmp_path, "*.json")
-        try:
-            assert repr(runs.kept_result(seed, dict(lr=1), None)) == repr(result)
-        except runs.InputError as error:
-            assert str(error).strip()
-        try:
-            claims.claims_markdown(eigenspace.kept_claims(level))
-        except runs.InputError as error:
-            assert str(error).strip()
+        valid_or_refused(read_seed)
+        valid_or_refused(read_level)
         assert files_below(tmp_path, "*.json") == before

@@ -16,10 +16,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import TINY, hashes, weights_and_metrics, without_times, write_arrays
-from hypothesis import HealthCheck, given, settings
+from helpers import (
+    SOAK,
+    TINY,
+    Crash,
+    fuzz,
+    hashes,
+    outcome,
+    run_with_fault,
+    weights_and_metrics,
+    without_times,
+    write_arrays,
+)
+from hypothesis import given
 from hypothesis import strategies as st
-from test_train import SOAK, outcome, run_with_fault
 
 import common
 import engine
@@ -48,10 +58,6 @@ def train(run, weights_at=engine.one_hot, dropout=0.0, **more):
         runs.start_run(run, args, "teacher", 0, data, model)
         engine.train_images(run, model, data, args, "teacher", 0, loss_fn, weights_at, **more)
     return model.state_dict(), runs.read_metrics(run)
-
-
-class Crash(BaseException):
-    """Ends training at once, as a kill does."""
 
 
 def interrupted(kind, stop_at):
@@ -162,14 +168,7 @@ def test_fuzz_a_checkpoint_with_a_foreign_part_is_refused_or_trained_on(tmp_path
     paths = list(parts_of(state))
     upper = [path for path in paths if len(path) < 3 or path[0] == "history"]
 
-    @settings(
-        max_examples=750 if SOAK else 25,
-        derandomize=not SOAK,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @fuzz(25)
     @given(st.sampled_from(upper) | st.sampled_from(paths), st.integers(0, len(FOREIGN) - 1))
     def check(path, which):
         changed = copy.deepcopy(state)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import hashes, ok, run_process, same_run
+from helpers import Malicious, damaged, hashes, input_error, ok, run_process, same_run, valid_or_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,13 +33,6 @@ LANGUAGE = (
 def language(*flags):
     """glue_distill.py in this process, in the working folder."""
     glue_distill.main([*LANGUAGE, *map(str, flags)])
-
-
-def refused(*flags):
-    """The line with which it refuses."""
-    with pytest.raises(runs.InputError) as error:
-        language(*flags)
-    return " ".join(str(error.value).split())
 
 
 def run_of(name, seed=0, folder="."):
@@ -604,7 +597,7 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
         (["--seeds", 1, 1], "twice"),
     ]
     for flags, *words in cases:
-        line = refused(*flags)
+        line = input_error(glue_distill, *LANGUAGE, *flags)
         assert all(word in line for word in words), line
     for flags in (["--switch-at", 1], ["--mode", "both"], ["--kd-weight", 0]):
         with pytest.raises(SystemExit) as stopped:
@@ -612,9 +605,10 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
         assert stopped.value.code == 2
     monkeypatch.chdir(texts)
     before = hashes(taught)
-    line = refused("--epochs", 3)
+    line = input_error(glue_distill, *LANGUAGE, "--epochs", 3)
     assert "other settings" in line and "flags.epochs: 2 there, 3 now" in line and "--overwrite" in line
-    assert "data.data_seed: 0 there, 1 now" in refused("--data-seed", 1)  # a teacher of other texts is none
+    line = input_error(glue_distill, *LANGUAGE, "--data-seed", 1)  # a teacher of other texts is none
+    assert "data.data_seed: 0 there, 1 now" in line
     assert before == hashes(taught)
 
 
@@ -627,24 +621,6 @@ def test_unwritable_folders_are_refused(tmp_path, monkeypatch):
                 language("--student", "1x16", "--mode", "kd", flag, place)
 
 
-def valid_or_refused(read):
-    """What `read()` gives, or None where it raises InputError; all else fails."""
-    try:
-        return read()
-    except runs.InputError as error:
-        assert str(error).strip()
-
-
-def damaged(content, seed):
-    """`content` (bytes) cut, with flipped bits, with zeros, or with a part of it repeated."""
-    draw = random.Random(seed)
-    at, to = sorted(draw.randrange(len(content)) for _ in range(2))
-    bits = bytearray(content)
-    bits[at] ^= 1 << draw.randrange(8)
-    zeros = content[:at] + bytes(to - at) + content[to:]
-    return draw.choice([bytes(bits), bytes(bits), zeros, content[:at], content[:to] + content[at:]])
-
-
 @pytest.mark.parametrize(
     "flags", [["--lr", 1e38], ["--temperature", 1e-320], ["--temperature", 1e6, "--kd-weight", 1e38]]
 )
@@ -652,7 +628,7 @@ def test_extreme_numbers_train_texts_or_say_why(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--subset", 40, "--mlm-epochs", 0, "--student", "1x8", "--mode", "kd"]
     if valid_or_refused(lambda: language(*tiny, *flags) or "finished") is None:
-        assert "NaN" in refused(*tiny, *flags)
+        assert "NaN" in input_error(glue_distill, *LANGUAGE, *tiny, *flags)
     for file in Path("runs").rglob("checkpoint.pt"):
         assert all(torch.isfinite(part.double()).all() for part in weights_of(file.parent).values())
 
@@ -661,7 +637,7 @@ def test_extreme_numbers_train_texts_or_say_why(flags, tmp_path, monkeypatch):
 def test_damaged_tsv_files_are_refused_or_whole(task, tmp_path):
     file = write_glue(tmp_path, task) / "train.tsv"
     good = file.read_bytes()
-    for content in (b"", b"\n", b"\t", b"\xff", *(damaged(good, seed) for seed in range(30))):
+    for content in (b"", b"\n", b"\t", b"\xff", *(damaged(good, random.Random(seed)) for seed in range(30))):
         file.write_bytes(content)
         data = valid_or_refused(lambda: glue_distill.load_task(task, tmp_path))
         for split in data.splits.values() if data else ():
@@ -696,16 +672,9 @@ def test_a_damaged_saved_model_is_refused_or_read(name, tmp_path):
         return glue_distill.logits_of(glue_distill.build_classifier(model, ("student", 0)), model.tokens["test"])
 
     for seed in range(6):
-        file.write_bytes(damaged(good, seed))
+        file.write_bytes(damaged(good, random.Random(seed)))
         logits = valid_or_refused(read)
         assert logits is None or logits.shape == (20, 2)
-
-
-class Malicious:
-    """Unpickled, it makes a file in the working folder."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
 
 
 def test_a_malicious_saved_model_never_runs(tmp_path, monkeypatch):
@@ -714,5 +683,6 @@ def test_a_malicious_saved_model_never_runs(tmp_path, monkeypatch):
     Path("model/model.safetensors").unlink()
     evil = {"roberta.embeddings.word_embeddings.weight": Malicious()}
     torch.save(evil, "model/pytorch_model.bin")
-    assert "model model cannot be read" in refused("--teacher", "model", "--mode", "onehot")
+    line = input_error(glue_distill, *LANGUAGE, "--teacher", "model", "--mode", "onehot")
+    assert "model model cannot be read" in line
     assert not Path("ran").exists()

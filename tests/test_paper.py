@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import run_cli, write_arrays
+from helpers import files_below, run_cli, write_arrays
 
 import benchmark
 import glue_distill
@@ -48,10 +48,6 @@ def train(*flags):
         patch.setattr(paper, "execute", forked)
         paper.main([str(flag) for flag in flags])
     return commands
-
-
-def files_below(folder):
-    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import signal
@@ -16,11 +15,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import HERE, TINY, hashes, ok, one_line_error, run_cli, write_arrays
+from helpers import (
+    HERE,
+    TINY,
+    copy_run,
+    damage_to,
+    finished,
+    forkserver,
+    fuzz,
+    hashes,
+    ok,
+    one_line_error,
+    outcome,
+    plain,
+    refused,
+    run_cli,
+    valid_or_refused,
+    write_arrays,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from test_common import damage_to, finished, fuzz, outcome, refused, valid_or_refused
-from test_train import copy_run
 
 import common
 import engine
@@ -214,17 +228,6 @@ def test_runs_need_no_git(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- damaged files
-
-
-def plain(value):
-    """A value with its tensors and arrays as bytes, so that == compares all of it."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    if torch.is_tensor(value):
-        value = value.numpy()
-    return (str(value.dtype), value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def reader_of(kind, tiny_runs, folder):
@@ -470,12 +473,6 @@ def test_leftover_variables_of_torchrun_are_one_line(variables, words, no_torchr
         monkeypatch.setenv(name, value)
     line = refused(train_teacher, *TINY, "--out", tmp_path / "t")
     assert words in line and "use torchrun, or unset RANK" in line and not (tmp_path / "t").exists()
-
-
-def forkserver():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine", "scipy.stats", "matplotlib.pyplot"])
-    return context
 
 
 def hold(guard, path, go, held):

@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, hashes, ok, one_line_error, run_cli, same_run, weights_and_metrics, write_arrays
+from helpers import (
+    TINY,
+    Crash,
+    Malicious,
+    Reached,
+    hashes,
+    input_error,
+    ok,
+    one_line_error,
+    run_cli,
+    same_run,
+    weights_and_metrics,
+    write_arrays,
+)
 
 import claims
 import common
@@ -53,10 +66,6 @@ def test_run_folders_are_the_trunks_at_both_ends():
     for direction, first, last in (("onehot2kd", "kd", "onehot"), ("kd2onehot", "onehot", "kd")):
         assert folders[direction, 0] == trunks[first] and folders[direction, 1] == trunks[last]
         assert folders[direction, 0.25] == Path(f"runs/x-{direction}-0.25-w7-s3")
-
-
-class Crash(BaseException):
-    pass
 
 
 def crash_in_every_branch(flags, monkeypatch):
@@ -153,10 +162,6 @@ def test_shards_and_jobs_train_what_one_process_trains(here, monkeypatch, capsys
     call(switch_distill, *flags, "--out", "jobs", "--jobs", 2, "--overwrite")
     assert capsys.readouterr().out.count("is finished already") == 8
     assert all(same_run(run, run.name.replace("shards", "jobs")) for run in before)
-
-
-class Reached(BaseException):
-    """All is trained."""
 
 
 def test_one_teacher_of_all_seeds_fills_one_table(here, monkeypatch):
@@ -278,17 +283,10 @@ def test_curves_are_means_over_the_epochs_that_all_runs_have(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def refused(*words):
-    """The one line with which switch_distill.py refuses."""
-    with pytest.raises(runs.InputError) as caught:
-        call(switch_distill, *TINY, *words)
-    return str(caught.value)
-
-
 def test_bad_switches_get_one_line(here):
-    assert "--kd-weight 0" in refused("--kd-weight", 0)
-    assert "prefix" in refused("--out", "q{seed}")
-    assert "not a run folder" in refused("--teacher", "absent")
+    assert "--kd-weight 0" in input_error(switch_distill, *TINY, "--kd-weight", 0)
+    assert "prefix" in input_error(switch_distill, *TINY, "--out", "q{seed}")
+    assert "not a run folder" in input_error(switch_distill, *TINY, "--teacher", "absent")
     for words in (["--switch-at", 1.5], ["--direction", "sideways"], ["--window", -1]):
         with pytest.raises(SystemExit):
             call(switch_distill, *TINY, *words)
@@ -301,22 +299,16 @@ def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, here, monkeyp
     for name in ("teacher", "kd", "onehot"):
         shutil.copytree(tiny_runs / "runs" / f"{name}-s0", f"x-{name}-s0")
     write_arrays("other.npz", side=8, channels=1)
-    before, over = {run: hashes(run) for run in here.glob("x-*")}, ["--overwrite", "--out", "x"]
+    before, over = {run: hashes(run) for run in here.glob("x-*")}, [*TINY, "--overwrite", "--out", "x"]
     teacher = ["--teacher", tiny_runs / "runs" / "teacher-s0"]
-    assert "--batch-size" in refused(*over, "--batch-size", 1)
-    assert "would discard this command's teacher" in refused(*over, "--teacher", "x-kd-s0")
-    assert "was trained on data" in refused(*over, *teacher, "--data", "npz:other.npz", "--subset", 0)
+    assert "--batch-size" in input_error(switch_distill, *over, "--batch-size", 1)
+    assert "would discard this command's teacher" in input_error(switch_distill, *over, "--teacher", "x-kd-s0")
+    other = [*over, *teacher, "--data", "npz:other.npz", "--subset", 0]
+    assert "was trained on data" in input_error(switch_distill, *other)
     monkeypatch.setattr(common, "free_memory", lambda device: 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
-    assert "--teacher-cache on" in refused(*over, "--teacher-cache", "on")
+    assert "--teacher-cache on" in input_error(switch_distill, *over, "--teacher-cache", "on")
     assert {run: hashes(run) for run in here.glob("x-*")} == before
-
-
-class Malicious:
-    """Unpickled, it makes a file in the working folder."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
 
 
 def test_a_malicious_state_never_runs(tiny_runs, here):
@@ -327,5 +319,5 @@ def test_a_malicious_state_never_runs(tiny_runs, here):
     assert switch_distill.latest_snapshot(Path("trunk"), 9) is None
     shutil.copytree(tiny_runs / "runs" / "teacher-s0", "teacher")
     shutil.copy("trunk/snapshot-4.pt", "teacher/checkpoint.pt")
-    assert "damaged" in refused("--teacher", "teacher", "--out", "never")
+    assert "damaged" in input_error(switch_distill, *TINY, "--teacher", "teacher", "--out", "never")
     assert not Path("ran").exists() and not list(here.glob("never*"))

@@ -1,15 +1,10 @@
-"""train_teacher.py and train_student.py through their command line: kills, full disks, signals, processes, teachers.
-
-Child processes import this file to inject a fault, so that it imports little itself.
-"""
+"""train_teacher.py and train_student.py through their command line: kills, full disks, signals, processes, teachers."""
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -17,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,18 +21,25 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     HERE,
+    SOAK,
+    TIMES,
     TINY,
-    forked,
+    Malicious,
+    copy_run,
+    finished,
     hashes,
     ok,
     one_line_error,
+    outcome,
+    plain,
+    refused,
     run_cli,
     run_process,
+    run_with_fault,
     same_run,
     weights_and_metrics,
     write_arrays,
 )
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 import engine
@@ -46,64 +47,7 @@ import runs
 import train_student
 import train_teacher
 
-SOAK = "DISOBEY_SOAK" in os.environ  # make soak: twenty kills for each command, and thirty times the random input
 ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
-
-# ---------------------------------------------------------------- helpers
-
-
-def outcome(module, *argv):
-    """("refused", its one line) or ("finished", what it printed) of a script in this process; all else fails."""
-    argv = [str(arg) for arg in argv]
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runs.cli(lambda: module.main(argv))
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except Exception as error:
-        raise AssertionError(f"{module.__name__} {argv}: {error!r}") from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    printed, complaint = (stream.buffer.getvalue().decode() for stream in (out, err))
-    if not code:
-        return "finished", printed
-    lines = complaint.splitlines()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (module.__name__, argv, code, complaint)
-    return "refused", lines[0]
-
-
-def finished(module, *argv):
-    """What a script prints that ends well, in this process."""
-    what, printed = outcome(module, *argv)
-    assert what == "finished", (module.__name__, argv, printed)
-    return printed
-
-
-def refused(module, *argv):
-    """The one line with which a script refuses, in this process."""
-    what, line = outcome(module, *argv)
-    assert what == "refused", (module.__name__, argv, line)
-    return line
-
-
-def copy_run(source, target, **changed):
-    """A copy of a run folder; changed maps a file name to a function of its bytes, or to None to leave it out."""
-    target.mkdir()
-    for file in source.iterdir():
-        change = changed.get(file.name.split(".")[0], bytes)
-        if change is not None:
-            (target / file.name).write_bytes(change(file.read_bytes()))
-
-
-class Malicious:
-    """Unpickled, it makes a file in the working folder."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
 
 # ---------------------------------------------------------------- what the two scripts hand to the engine
 
@@ -186,99 +130,13 @@ def test_real_cifar10_trains_from_teacher_to_figure(tmp_path):
 # ---------------------------------------------------------------- killed commands and full disks
 
 
-def faulty(script, args, cwd, out, err, seen_file, kind, at):
-    """`helpers.forked` with one fault, and a checkpoint after every step.
-
-    kind: step, SIGKILL before the at-th step of an optimiser; before, half, rename, after, SIGKILL while the at-th file
-    is written: before it, when half of it is there, before its renaming, after it; full, no space from the at-th file
-    on; limit, no file may exceed `at` bytes.
-    """
-    seen = dict(steps=0, writes=0)
-    write_atomic, replace = runs.write_atomic, os.replace
-
-    def kill(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def replace_and_kill(*names):
-        replace(*names)
-        kill()
-
-    def no_space(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def count_step(*_):
-        seen["steps"] += 1
-        if kind == "step" and seen["steps"] == at:
-            kill()
-
-    def faulty_write(path, write):
-        seen["writes"] += 1
-        if kind in ("step", "limit") or seen["writes"] != at:
-            return write_atomic(path, write)
-
-        def half(file):
-            content = io.BytesIO()
-            write(content)
-            file.write(content.getvalue()[: len(content.getvalue()) // 2])
-            file.flush()
-            kill()
-
-        if kind == "before":
-            kill()
-        if kind == "rename":
-            os.replace = kill
-        if kind == "after":
-            os.replace = replace_and_kill
-        if kind == "full":
-            os.fsync, seen["path"] = no_space, str(path)
-        write_atomic(path, half if kind == "half" else write)
-
-    register_optimizer_step_pre_hook(count_step)
-    runs.write_atomic, engine.SAVE_SECONDS = faulty_write, 0
-    if kind == "limit":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
-    try:
-        forked(script, args, cwd, out, err)
-    finally:
-        seen_file.write_text(json.dumps(seen))
-
-
-def run_with_fault(script, args, cwd, kind="none", at=0):
-    """`run_cli` with a fault (see `faulty`); `seen` counts its steps and files, if the process lived to tell."""
-    cwd.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err, seen = (Path(folder) / name for name in ("out", "err", "seen"))
-        words = [str(arg) for arg in args]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "scipy.stats", "matplotlib.pyplot"])
-        process = context.Process(target=faulty, args=(script, words, cwd, out, err, seen, kind, at))
-        process.start()
-        process.join()
-        counts = json.loads(seen.read_text()) if seen.exists() else {}
-        return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text(), seen=counts)
-
-
-TIMES = ("seconds", "images_per_s", "tokens_per_s", "spent")
-
-
-def plain(value):
-    """A value without measured times, tensors as bytes, so that == compares all of it."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items() if key not in TIMES}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return (str(value.dtype), value.shape, value.numpy().tobytes()) if torch.is_tensor(value) else value
-
-
 def content_of(file):
     if file.suffix == ".pt":
-        return plain(runs.load_checkpoint(file))
+        return plain(runs.load_checkpoint(file), TIMES)
     if file.suffix == ".jsonl":
-        return [plain(json.loads(line)) for line in file.read_text().splitlines()]
+        return [plain(json.loads(line), TIMES) for line in file.read_text().splitlines()]
     if file.suffix == ".json":
-        return plain(json.loads(file.read_text()))
+        return plain(json.loads(file.read_text()), TIMES)
     return None if file.name == "glue.md" else file.read_bytes()  # that one shows times
 
 
