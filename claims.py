@@ -5,6 +5,7 @@ Intervals are 95%. Text shows accuracies in percent, files hold them as shares.
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ def ratio(numerators, denominators):
     return found
 
 
+def agreement(predicted, other, classes):
+    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the second).
+
+    Rows in another order are readable and give figures, but then one is independent of the other.
+    """
+    shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
+    chance, agreed = float(shares[0] @ shares[1]), float((predicted == other).mean())
+    return agreed, chance, agreed > chance + 2 * math.sqrt(chance * (1 - chance) / len(predicted))
+
+
 def fit_note(fit):
     """What to say of a teacher that fits this share of its training labels, noisy ones included."""
     text = f"the teacher fits {100 * fit:.1f}% of its training labels"
@@ -97,6 +108,9 @@ def scope(seeds, teachers=1):
 
 # ---------------------------------------------------------------- claims
 
+SECTIONS = ("§3.1", "§3.2", "title", "§4", "§5", "language")  # of the paper, in the order of the headlines
+VERDICTS = ("holds", "fails", "unclear", "mixed")
+
 
 def verdict(interval, threshold, above=True):
     """holds when the whole (low, high) is above (below) the threshold, fails when it is beyond it, else unclear."""
@@ -111,32 +125,76 @@ def claim(text, expected, value, low, high, threshold, above=True, note=""):
     return dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=judged, note=note)
 
 
+def joint_claim(text, verdicts):
+    """The row of a claim that counts only when all its comparisons agree: their common verdict, else "mixed".
+
+    verdicts: {comparison: its verdict}.
+    """
+    held = list(verdicts.values()).count("holds")
+    note = "; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items())
+    note += ". Measured: how many hold, without interval"
+    expected = f"all {len(verdicts)} comparisons hold"
+    row = claim(text, expected, held, held, held, len(verdicts) - 0.5, note=note)
+    joint = next(iter(verdicts.values())) if len(set(verdicts.values())) == 1 else "mixed"
+    return dict(row, verdict=joint, shown=f"{held} of {len(verdicts)}")
+
+
+def headline(row, section, control=None, percent=False):
+    """`row` of `claim`, marked as one of the few that the paper is known for: they end `make reproduce`.
+
+    section: one of SECTIONS; control: the same statistic of the control as dict(value, low, high), or None where the
+    row itself is a difference from it; percent: whether measured and control are shares, to be read in percent.
+    """
+    scale, digits = (100, 1) if percent else (1, 2)
+    measured = dict(value=row["measured"], low=row["low"], high=row["high"])
+    shown = row.get("shown") or cell(measured, scale, digits) + " %" * percent
+    against = cell(control, scale, digits) + " %" * percent if control else ""
+    return dict(row, section=section, shown=shown, control=against)
+
+
 def checked_claims(rows, file):
     """`rows` as read from `file`; InputError when they are not those of a claims table."""
     with runs.reading(file, "remove it, or make that figure again"):
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it is not a table of claims")
         claims_markdown(rows)
+        if not all(row["section"] in SECTIONS and row.keys() >= {"shown", "control"} for row in headlines(rows)):
+            raise ValueError("a headline lacks its section or what it shows")
         return rows
 
 
+def headlines(rows):
+    """Those of `rows` that `headline` marked, in the paper's order."""
+    found = [row for row in rows if "section" in row]
+    return sorted(found, key=lambda row: SECTIONS.index(row["section"]) if row["section"] in SECTIONS else -1)
+
+
 def save_claims(folder, rows, over=""):
-    """Write claims.json and claims.md into `folder` and print the table; `over` says what the intervals cover."""
+    """Write claims.json and claims.md into `folder` and print the table, of a long one the headlines alone.
+
+    over: what the intervals cover, added to every note.
+    """
     rows = [dict(row, note="; ".join(filter(None, (row["note"], over)))) for row in rows]
     runs.write_json(Path(folder) / "claims.json", rows)
     runs.write_text(Path(folder) / "claims.md", claims_markdown(rows))
-    print(claims_markdown(rows))
+    print(claims_markdown(rows) if len(rows) <= 12 else headlines_markdown(headlines(rows)))
+    print(f"claims: {Path(folder) / 'claims.md'} ({verdicts_in_words(rows)})")
+
+
+def verdicts_in_words(rows):
+    """How many rows there are of each verdict."""
+    found = Counter(row["verdict"] for row in rows)
+    return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
 
 
 def show_results(folder):
-    """Print every claims table below `folder` as one, and the paths of the figures."""
-    rows = []
+    """Print the headlines of every claims table below `folder`, and where the tables and figures are."""
+    rows, tables = [], []
     for file in sorted(Path(folder).rglob("claims.json")):
-        for row in checked_claims(runs.read_json(file), file):
-            rows.append(dict(row, claim=f"{file.parent.relative_to(folder)}: {row['claim']}"))
-    print(claims_markdown(rows))
-    for figure in sorted(Path(folder).rglob("*.png")):
-        print(f"figure: {figure}")
+        rows += checked_claims(runs.read_json(file), file)
+        tables.append(str(file.with_suffix(".md")))
+    print(headlines_markdown(headlines(rows)))
+    print(f"all {len(rows)} claims ({verdicts_in_words(rows)}): {' '.join(tables)}")
 
 
 # ---------------------------------------------------------------- tables
@@ -169,22 +227,55 @@ def claims_markdown(rows):
     return markdown_table(["claim", "expected", "measured", "95% interval", "verdict", "note"], lines)
 
 
+def headlines_markdown(rows):
+    """Rows of `headline` as a Markdown table."""
+    names = ("section", "claim", "expected", "shown", "control", "verdict")
+    lines = [[row[name] for name in names] for row in rows]
+    return markdown_table(["paper", "claim", "expected", "here [95% interval]", "one-hot control", "verdict"], lines)
+
+
 # ---------------------------------------------------------------- figures
+
+# Okabe and Ito (2008): told apart by colour-blind readers too. One colour for one kind of network in every figure.
+COLOURS = dict(teacher="#000000", onehot="#E69F00", kd="#0072B2", smoothed="#009E73", other="#D55E00", more="#CC79A7")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,
+}
 
 
 def pyplot():
-    """matplotlib.pyplot without a window; imported where it is drawn, since that takes a second."""
+    """matplotlib.pyplot in STYLE, without a window; imported where it is drawn, since that takes a second."""
     os.environ["MPLBACKEND"] = "Agg"  # whatever a notebook or a desktop has set there
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(STYLE)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=[COLOURS[name] for name in COLOURS if name != "teacher"])
     return plt
 
 
 def band(axis, xs, cells, scale=1.0, **style):
-    """Values over xs with their intervals as a band; cells: dicts with value, low and high."""
+    """Values over xs with their intervals as a band, seeds as thin lines behind; cells: dicts(value, low, high, …)."""
     (line,) = axis.plot(xs, [scale * c["value"] for c in cells], marker="o", ms=4, **style)
     low, high = ([scale * c[end] for c in cells] for end in ("low", "high"))
     axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, lw=0)
+    if all("seeds" in c for c in cells):
+        each = scale * np.array([c["seeds"] for c in cells])
+        axis.plot(xs, each, color=line.get_color(), lw=0.5, alpha=0.5, zorder=1)
+
+
+def legend_below(figure, axis, columns=4):
+    """One legend for the whole figure, of the labels of `axis`, below it and off the data."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def save_figure(figure, folder, name):

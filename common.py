@@ -215,7 +215,7 @@ def prepare_pictures(root, folder, splits, read, side, resize):
     # PIL decodes outside of the interpreter's lock.
     with (
         ThreadPoolExecutor(cores()) as pool,
-        tqdm(desc="reading pictures", total=sum(map(len, splits.values()))) as bar,
+        tqdm(desc="reading pictures", total=sum(map(len, splits.values())), disable=None) as bar,
     ):
         for split, files in splits.items():
             shape = (len(files), side, side, 3)
@@ -239,6 +239,7 @@ def prepare_pictures(root, folder, splits, read, side, resize):
     facts = image_facts(*(np.load(unfinished / f"x_{split}.npy", mmap_mode="r") for split in splits))
     runs.write_json(unfinished / "facts.json", facts)
     os.replace(unfinished, folder)
+    print(f"{root}: its pictures are kept as arrays in {folder}")
 
 
 def open_picture(content, name):
@@ -580,6 +581,14 @@ def torchvision_model(name, classes, channels):
         raise InputError(f"--arch torchvision:{name} takes 3 channels, the data has {channels}: use {', '.join(ARCHS)}")
     extra = dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+def torchvision_size(name):
+    """The side of the images that a network of torchvision was made for."""
+    from torchvision import models
+
+    with runs.reading(f"torchvision:{name}", "use a classifier that torchvision has weights for, or give a size"):
+        return models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
 
 
 def build_model(arch, classes, image, width=1.0, seed=0):

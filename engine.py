@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import math
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +199,92 @@ def teacher_fit(run):
     return claims.fit_note((arrays["train_logits"].argmax(1) == arrays["train_labels"]).mean())
 
 
+class TeacherFromElsewhere(nn.Module):
+    """A classifier that was trained on images of another normalisation or size, for batches of `data`.
+
+    mean, std: what it was trained with, 1 or C numbers in 0..1 units (None: those of `data`); size: the side that
+    images are resized to, on the device (None: as they are).
+    """
+
+    def __init__(self, model, data, mean=None, std=None, size=None):
+        super().__init__()
+        self.model, self.size = model, size
+        # x = (pixels − data.mean) / data.std is wanted as (pixels − mean) / std = scale·x + shift.
+        given = [torch.tensor(values).float() if values else None for values in (mean, std)]
+        mean, std = (data.mean.cpu(), data.std.cpu()) if given[0] is None else given
+        self.register_buffer("scale", (data.std.cpu() / std).view(1, -1, 1, 1))
+        self.register_buffer("shift", ((data.mean.cpu() - mean) / std).view(1, -1, 1, 1))
+
+    def forward(self, images):
+        images = images * self.scale + self.shift
+        if self.size and images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
+        return self.model(images)
+
+
+def read_state(file):
+    """{name: tensor} of a file of weights: a state dict or a checkpoint that holds one. No code in it is run."""
+    file = Path(file)
+    with runs.reading(file, "give a state dict, as torch.save(model.state_dict(), FILE) writes it"):
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # torch's own advice here is to load it with its code
+                raise ValueError("it is damaged, or holds more than tensors, which is never loaded") from None
+        for key in ("state_dict", "model_state_dict", "model", "net"):
+            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+            raise ValueError("it holds no state dict")
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+
+
+def load_weights(file, arch, data, mean=None, std=None, size=None):
+    """A teacher from a file of weights, in eval mode on data's device: `TeacherFromElsewhere`.
+
+    arch: one of common.ARCHS, or torchvision:<name>, which gets images of its own size unless `size` is given.
+    InputError when file, architecture and classes do not fit together.
+    """
+    side, _, channels = data.facts["image"]
+    for flag, values in (("--teacher-mean", mean), ("--teacher-std", std)):
+        if values and len(values) not in (1, channels):
+            raise InputError(f"{flag} has {len(values)} numbers: give 1, or {channels}, one for each channel")
+    if bool(mean) != bool(std):
+        raise InputError("--teacher-mean and --teacher-std belong together: give both, or neither")
+    if arch.startswith("torchvision:") and not size:
+        size = common.torchvision_size(arch.removeprefix("torchvision:"))
+    model = common.build_model(arch, data.classes, [size or side, size or side, channels])
+    state, wanted = read_state(file), model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in state and "num_batches_tracked" not in name]
+    wrong += [f"{name} is not of that architecture" for name in state if name not in wanted]
+    for name in sorted(state.keys() & wanted.keys()):
+        there, here = list(state[name].shape), list(wanted[name].shape)
+        wrong += [f"{name} is {there} there and {here} here"] if there != here else []
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        fix = f"check --teacher-arch and the number of classes ({data.classes} here)"
+        raise InputError(f"{file} does not fit {arch} ({'; '.join(wrong[:3])}{more}): {fix}")
+    model.load_state_dict(state, strict=False)  # compared above; old files lack num_batches_tracked
+    teacher = TeacherFromElsewhere(model, data, mean, std, size)
+    return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
+
+
+def check_above_chance(name, logits, labels, fix):
+    """Accuracy of logits [N, C] from elsewhere; InputError when they are not finite, or no better than chance."""
+    if not torch.isfinite(logits).all():
+        raise InputError(f"{name} gives NaN or infinite logits: {fix}")
+    predicted, classes = logits.argmax(1).cpu().numpy(), logits.shape[1]
+    accuracy, chance, above = claims.agreement(predicted, labels.cpu().numpy(), classes)
+    if not above:
+        raise InputError(
+            f"{name} is no better than chance here ({100 * accuracy:.1f}%, chance {100 * chance:.1f}%): {fix}"
+        )
+    return accuracy
+
+
 # ---------------------------------------------------------------- teacher logits
 
 
@@ -206,13 +294,16 @@ class TeacherLogits:
     source "live": a forward in every step. "views": one table [N · n_views, C] of every view of every image, made when
     it is first needed and kept in memory. "epochs": a table [N, C] of each epoch's views, kept in files below `folder`
     for all runs and processes whose images have the same views. A teacher in eval mode treats each image alone, so all
-    three give the same logits, up to the rounding of convolutions over batches of other sizes.
+    three give the same logits, up to the rounding of convolutions over batches of other sizes. plain: logits [N, C] of
+    the un-augmented images, given where there is no model; then every view has those of its plain image.
     """
 
-    def __init__(self, model, data, precision="fp32", source="live", folder="runs/teacher-logits"):
-        self.model, self.data, self.precision, self.source, self.folder = model, data, precision, source, Path(folder)
-        self.sha256 = weights_hash(model.state_dict())
-        self.table, self.wanted, self.held, self.forward_model = None, None, None, model
+    def __init__(self, model, data, precision="fp32", source="live", folder="runs/teacher-logits", plain=None):
+        self.data, self.precision, self.folder = data, precision, Path(folder)
+        self.model = self.forward_model = model
+        self.source, self.table = (source, None) if plain is None else ("plain", plain)
+        self.sha256 = weights_hash(dict(logits=plain) if model is None else model.state_dict())
+        self.wanted, self.held = None, None
 
     def follow(self, stream, epoch, views):
         """Name the epoch whose views [N] the next batches have. stream: the key of its views, (role, seed)."""
@@ -220,7 +311,7 @@ class TeacherLogits:
 
     def ready(self):
         """Have the table of the epoch that is followed. Its memory stays the same: a CUDA graph reads it."""
-        if self.source == "live" or self.held == self.wanted[:2] or self.source == "views" and self.held:
+        if self.source in ("live", "plain") or self.held == self.wanted[:2] or self.source == "views" and self.held:
             return
         if self.held is None:
             of = f"all {self.data.n_views} views" if self.source == "views" else "each epoch's views"
@@ -619,7 +710,7 @@ def train_images(run, model, data, args, role, seed, loss_fn, weights_at=one_hot
         network = nn.parallel.DistributedDataParallel(model, devices)
     if args.fast:
         network = torch.compile(network)
-        if teacher:
+        if teacher and teacher.model:
             teacher.forward_model = torch.compile(teacher.model)
     optimizer = sgd(model, args, graphs)
     torch.manual_seed(common.stream_seed("dropout", role, seed, *[rank] * (rank > 0)))  # drawn from by dropout alone

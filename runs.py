@@ -337,7 +337,8 @@ def versions():
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them.
 NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds teacher snapshot_at fast teacher_cache".split()
-RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|checkpoint\.pt|logits\.npz|snapshot-\d+\.pt")
+NOT_COMPARED += ["facts.teacher_test_acc", "facts.teacher_train_acc"]
+RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|checkpoint\.pt|logits\.npz|teacher\.npz|snapshot-\d+\.pt")
 DISCARDED = {"discarded": True}  # config.json of a folder that --overwrite emptied and training has not reached yet
 
 
@@ -461,10 +462,16 @@ def _start_run(run, args, role, seed, data, model, facts):
         before = read_config(run)
         keys = ("role", "seed", "flags", "data", "facts")
         pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
-        differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
+        differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
+        if differing.keys() == {"flags.stop_epoch"} and goes_on(before["flags"]["stop_epoch"], flags["stop_epoch"]):
+            (run / "logits.npz").unlink(missing_ok=True)
+            write_json(run / "config.json", config)
+            return True
         if differing:
             advice = "choose another --out, or discard it with --overwrite"
-            raise InputError(f"{run} holds a run with other settings ({'; '.join(differing[:4])}): {advice}")
+            raise InputError(
+                f"{run} holds a run with other settings ({'; '.join([*differing.values()][:4])}): {advice}"
+            )
         if (run / "logits.npz").exists():
             print(f"{run} is finished already; --overwrite would train it again")
             return False
@@ -472,6 +479,11 @@ def _start_run(run, args, role, seed, data, model, facts):
     discard_run(run)
     write_json(run / "config.json", config)
     return True
+
+
+def goes_on(before, now):
+    """Whether a run with the --stop-epoch `before` goes on under `now`: the schedule hangs on --epochs alone."""
+    return before is not None and (now is None or now > before)
 
 
 def _differences(before, after, prefix=""):

@@ -3,17 +3,24 @@
     python train_student.py --teacher runs/digits-resnet8-teacher-s0                     # distillation alone
     python train_student.py --kd-weight 0 --ce-weight 1                                  # the one-hot control
     python train_student.py --teacher 'runs/teacher-s{seed}' --seeds 0 1 2 --out runs/kd # a teacher for each seed
+    python train_student.py --teacher weights.pth --teacher-arch torchvision:resnet18    # anyone's teacher
+    python train_student.py --teacher-logits logits.npy                                  # its logits alone
 
 The loss is ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T): see `loss_fn`, which is there to be changed. A
 student never shares initialisation, order or augmentation with a teacher of the same seed; students of the same seed
 share all three, so that they are paired. Several seeds: --jobs trains them side by side; torchrun splits one over GPUs.
 """
 
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 
+import claims
 import common
 import engine
 import runs
+from analyze_deviation import check_logits, load_array
 from runs import number
 
 
@@ -27,6 +34,20 @@ def add_student_flags(parser):
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help=temperature)
     cache = "look teacher logits up in a table instead of computing them in every step (auto: where that saves time)"
     add("--teacher-cache", choices=("auto", "on", "off"), default="auto", help=cache)
+
+
+def add_teacher_flags(parser):
+    """The flags of a teacher from elsewhere: what it is stands in config.json among the facts."""
+    add = parser.add_argument_group("a teacher from elsewhere").add_argument
+    arch = f"--teacher is a file of weights (.pth, .safetensors) of {', '.join(common.ARCHS)} or torchvision:<name>"
+    add("--teacher-arch", help=arch)
+    unit = "of the images it was trained on, in 0..1 units: 1 number, or 1 for each channel (default: those of --data)"
+    add("--teacher-mean", type=number(float, 0, 1), nargs="+", help=f"mean {unit}")
+    add("--teacher-std", type=number(float, 0, 1, open_low=True), nargs="+", help=f"standard deviation {unit}")
+    size = "resize the images to this side for it (default: for torchvision:<name> the size it was made for)"
+    add("--teacher-size", type=number(int, 8, 4096), help=size)
+    plain = "its logits [N, C] of the un-augmented training images (.npy, .npz, .pt): they stand for every view"
+    add("--teacher-logits", help=plain)
 
 
 def train_student(run, args, seed, data, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts):
@@ -59,40 +80,84 @@ def train_student(run, args, seed, data, teacher=None, weights_at=None, snapshot
             engine.train_images(run, student, data, args, "student", seed, loss_fn, weights_at, **more)
 
 
+def open_teacher(name, args, data):
+    """(model, logits, facts) of a teacher: a run folder, a file of weights, or a file of logits (then without model).
+
+    logits: of what comes from elsewhere, dict of train_logits [N, C] (and test_logits), for Figure 1a.
+    """
+    if args.teacher_logits:
+        logits = check_logits(load_array(name), name)
+        if logits.shape != (len(data.y_train), data.classes):
+            here = f"{len(data.y_train)} training images and {data.classes} classes here"
+            raise runs.InputError(f"{name} is {list(logits.shape)}: it must have the {here}, in their order")
+        logits = dict(train_logits=torch.from_numpy(logits).float().to(data.device))
+        facts, model = dict(teacher_views="every view has the teacher logits of the un-augmented image"), None
+        advice = "give the rows in the order of the training images, un-augmented"
+    elif args.teacher_arch:
+        model = engine.load_weights(
+            name, args.teacher_arch, data, args.teacher_mean, args.teacher_std, args.teacher_size
+        )
+        logits = dict(train_logits=engine.logits_of(model, data, data.x_train))
+        logits["test_logits"] = engine.logits_of(model, data, data.x_test)
+        facts = dict(teacher_arch=args.teacher_arch, teacher_mean=args.teacher_mean, teacher_std=args.teacher_std)
+        facts["teacher_size"] = model.size
+        advice = "check --teacher-arch, --teacher-mean, --teacher-std, --teacher-size and the order of its classes"
+        facts["teacher_test_acc"] = engine.check_above_chance(name, logits["test_logits"], data.y_test, advice)
+        print(f"{name}: {100 * facts['teacher_test_acc']:.2f}% test accuracy here")
+    else:
+        if Path(name).is_file():
+            raise runs.InputError(f"{name} is a file: give --teacher-arch too, what network its weights are of")
+        model = engine.load_teacher(name, data)
+        print(f"{name}: {engine.teacher_fit(name)}")
+        return model, {}, {}
+    fit = engine.check_above_chance(name, logits["train_logits"], data.y_train, advice)
+    print(f"{name}: {claims.fit_note(fit)}")
+    return model, logits, dict(facts, teacher_train_acc=fit)
+
+
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_flags(parser)
     add_student_flags(parser)
+    add_teacher_flags(parser)
     common.add_process_flags(parser)
     args = engine.resolve(parser.parse_args(argv), distributed=True)
     if not args.kd_weight and not args.ce_weight:
         raise runs.InputError("--kd-weight and --ce-weight are both 0, so there is no loss: give one of them")
-    if args.kd_weight and not args.teacher:
+    if args.kd_weight and bool(args.teacher) == bool(args.teacher_logits):
         one_hot = "--kd-weight 0 --ce-weight 1 for a one-hot student"
-        raise runs.InputError(f"--teacher is missing: give the run folder of a teacher, or {one_hot}")
+        raise runs.InputError(f"give one of --teacher (a run folder, or weights) and --teacher-logits, or {one_hot}")
+    given = [name for name in ("mean", "std", "size") if getattr(args, f"teacher_{name}")]
+    if given and not args.teacher_arch:
+        raise runs.InputError(f"--teacher-{given[0]} is of a file of weights: give its --teacher-arch too")
     data = common.data_from(args)
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     what = "onehot" if not args.kd_weight else "kd" if not args.ce_weight else "kd+ce"
     seeds = engine.shard_of(args)
     folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-{what}") for seed in seeds}
     # A one-hot student depends on no teacher, so one control serves the students of any teacher.
-    names = {seed: args.teacher.replace("{seed}", str(seed)) for seed in seeds} if args.kd_weight else {}
-    models = {name: engine.load_teacher(name, data) for name in sorted(set(names.values()))}
-    for name in models:
-        print(f"{name}: {engine.teacher_fit(name)}")
+    given = args.teacher or args.teacher_logits
+    names = {seed: given.replace("{seed}", str(seed)) for seed in seeds} if args.kd_weight else {}
+    opened = {name: open_teacher(name, args, data) for name in sorted(set(names.values()))}
     per_epoch, total = common.total_steps(args, data)
-    students = total / per_epoch * len(seeds) / max(1, len(models))  # epochs of the students of one teacher
+    students = total / per_epoch * len(seeds) / max(1, len(opened))  # epochs of the students of one teacher
     tables = runs.run_folder(args, 0, "").parent / "teacher-logits"
     source = engine.teacher_source(args, data, students, students, tables)
-    runs.discard_runs(args, folders.values(), models)
+    runs.discard_runs(args, folders.values(), opened)
 
     engine.run_jobs(args)
-    snapshots = common.snapshot_steps(args, data)
-    teachers = {
-        name: engine.TeacherLogits(model, data, args.precision, source, tables) for name, model in models.items()
-    }
+    snapshots, teachers = common.snapshot_steps(args, data), {}
+    for name, (model, logits, _) in opened.items():
+        plain = None if model else logits["train_logits"]
+        teachers[name] = engine.TeacherLogits(model, data, args.precision, source, tables, plain)
     for seed in seeds:
-        train_student(folders[seed], args, seed, data, teachers.get(names.get(seed)), snapshots=snapshots)
+        _, logits, facts = opened.get(names.get(seed), (None, {}, {}))
+        train_student(folders[seed], args, seed, data, teachers.get(names.get(seed)), snapshots=snapshots, **facts)
+        if logits and not runs.ranks()[0]:
+            file = folders[seed] / "teacher.npz"
+            runs.write_npz(file, {name: value.cpu().numpy() for name, value in logits.items()})
+            files = f"--teacher-logits {file}:train_logits --student-logits {folders[seed]}/logits.npz:train_logits"
+            print(f"next: python analyze_deviation.py {files} --labels {folders[seed]}/logits.npz:train_labels")
 
 
 if __name__ == "__main__":

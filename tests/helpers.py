@@ -191,7 +191,7 @@ def outcome(module, *argv):
     printed, complaint = (stream.buffer.getvalue().decode() for stream in streams)
     if not code:
         return "finished", printed
-    lines = [line for line in complaint.splitlines() if line and "reading pictures" not in line]  # no progress bar
+    lines = [line for line in complaint.splitlines() if line]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (module.__name__, argv, code, complaint)
     return "refused", lines[0]
 

@@ -426,7 +426,7 @@ def test_bad_teachers_get_one_line_and_no_run_folder(tiny_runs, tmp_path, monkey
     for flags, *words in cases:
         line = refused(train_student, *TINY, "--out", "never", "--teacher", teacher, *flags)
         assert all(word in line for word in words), line
-    assert "--teacher is missing" in refused(train_student, *TINY, "--out", "never")
+    assert "give one of --teacher" in refused(train_student, *TINY, "--out", "never")
     assert not Path("never").exists()
 
 
