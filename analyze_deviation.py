@@ -9,8 +9,8 @@ fitted slope above 1. Departure from the paper: X is an argmax, hence too high b
 independently trained network falls below y = x at low X. So all is reported beside a control, an independently seeded
 one-hot network in the student's place, and the claim that counts is student against control.
 
-Several seeds: give the runs in the same order (one teacher may serve all). Writes fig1a.png/.pdf, deviation.json (all
-statistics, also for the label's class), claims.json and claims.md into --out.
+Several seeds: give the runs in the same order (one teacher may serve all). Writes fig1a.png/.pdf, deviation.json and
+statistics.md (all statistics, also for the label's class), claims.json and claims.md into --out.
 """
 
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.special import log_softmax, logsumexp
+from tqdm import tqdm
 
 import claims
 import engine
@@ -105,12 +106,13 @@ def fidelity_statistics(s):
     return dict(means, ece=np.abs(s[:, 5:]).sum(1) / n)
 
 
-def replicates(point, resamples=1000, rng=None):
+def replicates(point, resamples=1000, rng=None, done=None):
     """Every statistic of one seed and split, on the points and on bootstrap draws of them.
 
     point: dict with `teacher` logits [N, C], `labels` [N] and `networks`, a dict of name to logits [N, C].
     Returns {(kind, network, statistic): array [1 + resamples]}, kind predicted, label or fidelity; entry 0 is the
-    statistic itself. All networks see the same draws, so their differences are paired.
+    statistic itself. All networks see the same draws, so their differences are paired. done: see
+    `claims.resampled_sums`.
     """
     rng = rng or np.random.default_rng(0)
     teacher, labels = point["teacher"], point["labels"]
@@ -122,7 +124,8 @@ def replicates(point, resamples=1000, rng=None):
             parts.append((kind, name, deviation_columns(x, phi_of_class(logits, classes)), deviation_statistics))
     for name, logits in dict(point["networks"], teacher=teacher).items():
         parts.append(("fidelity", name, fidelity_columns(teacher, logits, labels), fidelity_statistics))
-    sums = claims.resampled_sums(np.concatenate([columns for _, _, columns, _ in parts], axis=1), resamples, rng)
+    every = np.concatenate([columns for _, _, columns, _ in parts], axis=1)
+    sums = claims.resampled_sums(every, resamples, rng, done=done)
     out, start = {}, 0
     for kind, name, columns, statistics in parts:
         for key, values in statistics(sums[:, start : start + columns.shape[1]]).items():
@@ -136,12 +139,12 @@ def replicates(point, resamples=1000, rng=None):
     return out
 
 
-def measure(points, resamples=1000, seed=0):
+def measure(points, resamples=1000, seed=0, done=None):
     """{kind: {network: {statistic: dict(value, low, high, seeds)}}} of one split over seeds.
 
     points: one dict for each seed; see `replicates` for these and `claims.combine` for the values.
     """
-    per_seed = [replicates(point, resamples, np.random.default_rng(seed)) for point in points]
+    per_seed = [replicates(point, resamples, np.random.default_rng(seed), done) for point in points]
     table = {}
     for kind, network, key in per_seed[0]:
         draws = [found[kind, network, key] for found in per_seed]
@@ -216,19 +219,14 @@ def load_tensor(path):
 
 
 def at_chance(point):
-    """Why nothing can be claimed of a point of `replicates`, or None: networks no better than chance.
-
-    Rows in another order are readable and give figures, but then predictions are independent of labels and teacher.
-    """
+    """Why nothing can be claimed of a point of `replicates`, or None: networks no better than chance."""
     predicted = {name: logits.argmax(1) for name, logits in (("teacher", point["teacher"]), *point["networks"].items())}
     pairs = [(name, "the labels", point["labels"]) for name in predicted]
     pairs += [(name, "the teacher", predicted["teacher"]) for name in point["networks"]]
-    n, classes = point["teacher"].shape
     for name, whom, other in pairs:
-        shares = [np.bincount(values, minlength=classes) / n for values in (predicted[name], other)]
-        chance, agreement = shares[0] @ shares[1], (predicted[name] == other).mean()
-        if agreement <= chance + 2 * np.sqrt(chance * (1 - chance) / n):
-            what = f"{name} agrees with {whom} on {100 * agreement:.0f}% of the points, {100 * chance:.0f}% is chance"
+        agreed, chance, above = claims.agreement(predicted[name], other, point["teacher"].shape[1])
+        if not above:
+            what = f"{name} agrees with {whom} on {100 * agreed:.0f}% of the points, {100 * chance:.0f}% is chance"
             return f"no claims: {what}; are the rows of all files in the same order?"
     return None
 
@@ -282,22 +280,32 @@ def claim_of(text, expected, measured, threshold, note="", above=True):
     return claims.claim(text, expected, *ends, threshold, above, note)
 
 
-def deviation_claims(tables):
-    """Claims rows from {split: `measure` table}."""
+def deviation_claims(tables, section="§3.1"):
+    """Claims rows from {split: `measure` table}; section: where their headlines stand, None for no headlines.
+
+    Those of "language" are the slope alone.
+    """
     rows = []
     for split, table in tables.items():
         student, minus_control = table["predicted"]["student"], table["predicted"].get("student-control")
+        control = table["predicted"].get("control", {})
         alone = "no control given: selection alone can cause this" if split == "test" and not minus_control else ""
         text = f"{split}: slope of the student's fit exceeds 1"
-        rows.append(claim_of(text, "> 1", student["slope"], 1, alone))
+        slope = claim_of(text, "> 1", student["slope"], 1, alone)
         below = f"{split}: most of the teacher's hardest quarter lies below y = x"
-        rows.append(claim_of(below, "> 0.5", student["low_below"], 0.5, alone))
+        below = claim_of(below, "> 0.5", student["low_below"], 0.5, alone)
+        if section and split == "train":
+            slope = claims.headline(slope, section, control.get("slope"))
+        if section == "§3.1" and split == "train":
+            below = claims.headline(below, section, control.get("low_below"), percent=True)
+        rows += [slope, below]
         of_label = "X and Y of the label instead of the predicted class"
         rows.append(claim_of(f"{text} for the label's class", "> 1", table["label"]["student"]["slope"], 1, of_label))
         if minus_control:
             text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"
             gap = "mean Y − X, student minus control"
-            rows.append(claim_of(text, "< 0", minus_control["low_gap"], 0, gap, above=False))
+            lower = claim_of(text, "< 0", minus_control["low_gap"], 0, gap, above=False)
+            rows.append(claims.headline(lower, section) if section == "§3.1" else lower)
             text = f"{split}: the student's slope exceeds the control's"
             rows.append(claim_of(text, "> 0", minus_control["slope"], 0, "student minus control"))
         if minus_control and split == "test":
@@ -325,18 +333,16 @@ def plot_one(axis, x, y, ends, fit):
     axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, extent=(*ends, *ends), cmap="viridis", linewidths=0.1)
     slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
     axis.plot(ends, ends, "k--", lw=1, label="y = x")
-    axis.plot(ends, intercept + slope * ends, color="crimson", lw=1.5, label=f"fit, slope {slope:.2f}")
-    axis.axvline(np.quantile(x, 0.25), color="grey", lw=0.8, ls=":", label="lowest quarter of X ends")
+    axis.plot(ends, intercept + slope * ends, color=claims.COLOURS["other"], lw=1.5, label="least-squares fit")
+    axis.axvline(np.quantile(x, 0.25), color="0.4", lw=1, ls=":", label="end of the teacher's lowest quarter")
     axis.set(xlim=ends, ylim=ends, xlabel="X = φ(teacher probability)")
-    axis.legend(loc="upper left", fontsize=8)
 
 
 def plot(points, tables, folder, title):
     """Figure 1a, for every split (rows) and network (columns), the points of all seeds together."""
     networks = list(next(iter(points.values()))[0]["networks"])
     grid = (len(points), len(networks))
-    options = dict(figsize=(4.6 * grid[1], 4.2 * grid[0]), squeeze=False, layout="constrained")
-    figure, axes = claims.pyplot().subplots(*grid, **options)
+    figure, axes = claims.pyplot().subplots(*grid, figsize=(4 * grid[1], 3.9 * grid[0] + 0.3), squeeze=False)
     for row, (split, seeds) in zip(axes, points.items(), strict=True):
         of_network = {name: [] for name in ("teacher", *networks)}
         for point in seeds:
@@ -349,27 +355,56 @@ def plot(points, tables, folder, title):
             fit = tables[split]["predicted"][name]
             plot_one(axis, phi["teacher"], phi[name], ends, fit)
             axis.set_ylabel(f"Y = φ({name} probability)")
-            below = f"{100 * fit['low_below']['value']:.0f}% of the low quarter below y = x"
-            axis.set_title(f"{split}: {name}, {below}", fontsize=9)
+            slope, below = claims.cell(fit["slope"], 1, 2), claims.cell(fit["low_below"], 100, 0)
+            size = f"n = {len(phi[name]):,}"
+            axis.set_title(f"{split}: {name}, slope {slope}, {size}\nlowest quarter: {below} % below y = x")
+    claims.legend_below(figure, axes[0][0])
     figure.suptitle(title)
     claims.save_figure(figure, folder, "fig1a")
 
 
+def report(points, out, title, resamples=2000, section="§3.1", why_not=None, quiet=False, show=True):
+    """Measure `points`, {split: one dict per seed, see `replicates`}, and write figure, statistics and claims to `out`.
+
+    section: see `deviation_claims`; why_not: the reason for which nothing is claimed; quiet: without a progress bar;
+    show: whether to print the claims.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    total = resamples * sum(len(seeds) for seeds in points.values())
+    with tqdm(total=total, desc="bootstrap", unit="draw", leave=False, disable=quiet or None) as bar:
+        tables = {split: measure(seeds, resamples, done=bar.update) for split, seeds in points.items()}
+    first = next(iter(points.values()))
+    over = claims.scope(len(first), len({point["teacher"].tobytes() for point in first}))
+    facts = dict(seeds=len(first), intervals=f"95%, {over}", bootstrap=resamples)
+    runs.write_json(out / "deviation.json", dict(facts, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
+    runs.write_text(out / "statistics.md", statistics_markdown(tables))
+    nothing = [claims.claim(why_not, "above chance", np.nan, np.nan, np.nan, 0)]
+    claims.save_claims(out, nothing if why_not else deviation_claims(tables, section), over, show)
+    if show and "train" in tables:
+        print(claims.fit_note(tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]))
+    print(f"statistics: {out / 'statistics.md'}")
+    plot(points, tables, out, title)
+
+
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    add = parser.add_argument
-    add("--teacher", nargs="+", help="run folders of the teachers, one per seed or one for all")
-    add("--student", nargs="+", help="run folders of the students")
-    add("--control", nargs="+", default=[], help="run folders of independently seeded one-hot networks")
+    add = parser.add_argument_group("run folders, several for several seeds").add_argument
+    add("--teacher", nargs="+", metavar="RUN", help="teachers, one per seed or one for all")
+    add("--student", nargs="+", metavar="RUN", help="students")
+    add("--control", nargs="+", metavar="RUN", default=[], help="independently seeded one-hot networks")
     forms = ".npy, .npz, FILE.npz:NAME, .pt or .safetensors (log-probabilities serve too)"
-    add("--teacher-logits", help=f"anyone's teacher logits [N, C]: {forms}")
-    add("--student-logits", help="the student's logits of the same points")
-    add("--control-logits", help="a one-hot network's logits of the same points")
-    add("--labels", help="true class of each point, integers [N]")
-    add("--split", default="test", help="what to call the points given as files")
+    add = parser.add_argument_group("or files of anyone's logits").add_argument
+    add("--teacher-logits", metavar="FILE", help=f"the teacher's [N, C]: {forms}")
+    add("--student-logits", metavar="FILE", help="the student's of the same points")
+    add("--control-logits", metavar="FILE", help="a one-hot network's of the same points")
+    add("--labels", metavar="FILE", help="true class of each point, integers [N]")
+    add("--split", default="test", help="what to call these points (default: test)")
+    add = parser.add_argument_group("output").add_argument
     add("--title", help="title of the figure")
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, help="bootstrap draws behind each interval")
-    add("--out", default="results/fig1a", help="folder for the figure, statistics and claims")
+    draws = "bootstrap draws behind each interval (default: 2000)"
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
+    folder = "folder for figure, statistics and claims (default: results/fig1a)"
+    add("--out", metavar="FOLDER", default="results/fig1a", help=folder)
     args = parser.parse_args(argv)
     of_runs = (args.teacher, args.student, args.control)
     of_files = (args.teacher_logits, args.student_logits, args.control_logits, args.labels)
@@ -387,22 +422,10 @@ def main(argv=None):
             if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
                 what = f"the teacher is equally confident on all {split} points"
                 raise InputError(f"{what}: there is no slope to fit; check its logits")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    tables = {split: measure(seeds, args.bootstrap) for split, seeds in points.items()}
     first = next(iter(points.values()))
-    over = claims.scope(len(first), len({point["teacher"].tobytes() for point in first}))
-    report = dict(seeds=len(first), intervals=f"95%, {over}", bootstrap=args.bootstrap)
-    runs.write_json(out / "deviation.json", dict(report, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
-    print(statistics_markdown(tables))
-    why = at_chance(first[0]) if args.teacher_logits else None  # run folders have been compared by their labels
-    nothing = [claims.claim(why, "above chance", np.nan, np.nan, np.nan, 0)]
-    claims.save_claims(out, nothing if why else deviation_claims(tables), over)
-    if "train" in tables:
-        print(claims.fit_note(tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]))
-    seeds = f"{len(first)} seed{'s' if len(first) > 1 else ''}"
-    plot(points, tables, out, args.title or f"Student–teacher deviations, {seeds}")
+    title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"
+    why_not = at_chance(first[0]) if args.teacher_logits else None  # run folders have been compared by their labels
+    report(points, Path(args.out), title, args.bootstrap, why_not=why_not)
 
 
 if __name__ == "__main__":

@@ -733,6 +733,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
     add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: about 20 in a run)")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
+    add("--tensorboard", action="store_true", help="write the curves for TensorBoard too, into the run folder")
     add_device_flag(parser)
     fast = "compile the model and, on CUDA, run each step as one CUDA graph (default: on CUDA)"
     add("--fast", action=argparse.BooleanOptionalAction, help=fast)

@@ -635,7 +635,7 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
         kd = common.kd_loss(logits, cached[where], args.temperature) if kd_weight else 0.0
         return ce_weight * ce + kd_weight * kd, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
 
-    def evaluate():
+    def evaluate(at_end):
         line = {}
         for key in [key for key in data.splits if key != "train"]:
             found = scores(logits_of(network, model.tokens[key]), data.splits[key].labels)

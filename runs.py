@@ -106,6 +106,18 @@ def command_line():
     return shlex.join(["python", sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
+def print_next(args, script, *more):
+    """Print the command that follows this one: `script` with the same flags but those of the run, and `more`."""
+    if args.quiet or args.shard != (0, 1):
+        return
+    words, before = [], ""
+    for word in sys.argv[1:]:
+        if "--out" not in (before, word.partition("=")[0]) and word != "--overwrite":
+            words.append(word)
+        before = word
+    print("next:", shlex.join(["python", script, *words, *more]))
+
+
 # ---------------------------------------------------------------- flags
 
 
@@ -337,18 +349,22 @@ def versions():
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them.
 NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds teacher snapshot_at fast teacher_cache".split()
-NOT_COMPARED += ["facts.teacher_test_acc", "facts.teacher_train_acc"]
-RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|checkpoint\.pt|logits\.npz|teacher\.npz|snapshot-\d+\.pt")
+NOT_COMPARED += ["tensorboard", "facts.teacher_test_acc", "facts.teacher_train_acc"]
+RUN_FILE = re.compile(
+    r"config\.json|metrics\.jsonl|checkpoint\.pt|snapshot-\d+\.pt|(logits|teacher)\.npz|events\.out\.tfevents\..+"
+)
 DISCARDED = {"discarded": True}  # config.json of a folder that --overwrite emptied and training has not reached yet
 
 
+def run_pattern(args, default):
+    """The run folders of all seeds, with {seed} for the seed: --out, for several seeds with -s{seed} appended."""
+    out = args.out or f"runs/{default}-s{{seed}}"
+    return out if "{seed}" in out or len(args.seeds) == 1 else f"{out}-s{{seed}}"
+
+
 def run_folder(args, seed, default):
-    """The run folder of one seed: --out with {seed} filled in or -s<seed> appended, else runs/<default>-s<seed>."""
-    if args.out is None:
-        return Path("runs") / f"{default}-s{seed}"
-    if "{seed}" in args.out or len(args.seeds) == 1:
-        return Path(args.out.replace("{seed}", str(seed)))
-    return Path(f"{args.out}-s{seed}")
+    """The run folder of one seed."""
+    return Path(run_pattern(args, default).replace("{seed}", str(seed)))
 
 
 def default_name(args):

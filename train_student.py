@@ -11,6 +11,7 @@ student never shares initialisation, order or augmentation with a teacher of the
 share all three, so that they are paired. Several seeds: --jobs trains them side by side; torchrun splits one over GPUs.
 """
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -158,6 +159,11 @@ def main(argv=None):
             runs.write_npz(file, {name: value.cpu().numpy() for name, value in logits.items()})
             files = f"--teacher-logits {file}:train_logits --student-logits {folders[seed]}/logits.npz:train_logits"
             print(f"next: python analyze_deviation.py {files} --labels {folders[seed]}/logits.npz:train_labels")
+    if what == "kd" and args.shard == (0, 1) and not args.quiet and not args.teacher_logits and not args.teacher_arch:
+        runs.print_next(args, "train_student.py", "--kd-weight", "0", "--ce-weight", "1")
+        controls = [Path("runs") / f"{runs.default_name(args)}-onehot-s{seed}" for seed in seeds]
+        words = ["--teacher", *names.values(), "--student", *folders.values(), "--control", *controls]
+        print("then:", shlex.join(["python", "analyze_deviation.py", *map(str, words)]))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def main(argv=None):
     engine.run_jobs(args)
     for seed in seeds:
         train_teacher(folders[seed], args, seed, data)
+    pattern = runs.run_pattern(args, f"{runs.default_name(args)}-teacher")
+    runs.print_next(args, "train_student.py", "--teacher", pattern)
 
 
 if __name__ == "__main__":

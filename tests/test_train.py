@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ from helpers import (
     write_arrays,
 )
 
+import analyze_deviation
 import common
 import engine
 import runs
@@ -628,3 +630,72 @@ def test_jobs_get_one_signal_each(monkeypatch):
     with pytest.raises(SystemExit, match="130"):
         engine.run_jobs(argparse.Namespace(seeds=[0, 1, 2], shard=(0, 1), jobs=2))
     assert [process.signals for process in started] == [1, 1]
+
+
+# ---------------------------------------------------------------- what a run prints and shows
+
+
+def test_test_accuracy_is_taken_in_the_runs_precision_and_at_the_end_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logits_of, seen = engine.logits_of, []
+
+    def recorded(model, data, images, **more):
+        seen.append((len(images), more.get("precision", "fp32")))
+        return logits_of(model, data, images, **more)
+
+    monkeypatch.setattr(engine, "logits_of", recorded)
+    finished(train_teacher, *TINY, "--epochs", 3, "--precision", "bf16", "--out", "t")
+    assert seen == [(500, "bf16"), (500, "bf16"), (500, "fp32"), (300, "fp32"), (500, "fp32")]
+    stored = runs.read_npz("t/logits.npz")
+    accuracy = (stored["test_logits"].argmax(1) == stored["test_labels"]).mean()
+    assert abs(runs.last_metrics("t")["test_acc"] - accuracy) < 1e-9
+
+
+def test_each_step_of_figure_1a_prints_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [word for word in TINY if word != "--quiet"]
+    modules = {"train_teacher.py": train_teacher, "train_student.py": train_student}
+    modules["analyze_deviation.py"] = analyze_deviation
+
+    def follow(script, *words):
+        """Run a command; the commands that it prints."""
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        lines = finished(modules[script], *words).splitlines()
+        return [shlex.split(line)[2:] for line in lines if line.startswith(("next: ", "then: "))]
+
+    ((script, *words),) = follow("train_teacher.py", *flags, "--seeds", "1")
+    (control, *more), (figure, *files) = follow(script, *words)
+    follow(control, *more)
+    follow(figure, *files, "--bootstrap", "100")
+    assert (tmp_path / "results/fig1a/fig1a.png").exists()
+    assert not follow("train_teacher.py", *TINY, "--out", "quiet")
+
+
+def test_curves_for_tensorboard_hold_what_metrics_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in refused(train_teacher, *TINY, "--tensorboard", "--out", "t")
+    seen = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, epoch):
+            seen[str(self.folder), name, epoch] = value
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    finished(train_teacher, *TINY, "--tensorboard", "--out", "t")
+    for line in runs.read_metrics("t"):
+        assert all(seen["t", name, line["epoch"]] == value for name, value in line.items())
+
+
+def test_passes_of_the_teacher_are_told_and_tables_shared(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, "--teacher", tiny_runs / "runs/teacher-s0", "--teacher-cache", "on"]
+    monkeypatch.setattr(common, "free_memory", lambda device: 0)  # no room for all views: tables of epochs
+    assert "2 passes of the teacher" in finished(train_student, *flags, "--out", "a/kd")
+    assert "0 passes of the teacher" in finished(train_student, *flags, "--temperature", 2, "--out", "a/other")
