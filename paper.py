@@ -340,6 +340,31 @@ def dry_run(entries):
     print(f"{len(entries)} entries, {len(states)} runs, {finished} finished; {in_words(sum(known))} left")
     unknown = f"{len(left) - len(known)} runs and all measuring not estimated"
     print(f"Times: one run after the other on this device; {unknown}")
+    for line in scale(entries, left):
+        print(line)
+
+
+def scale(entries, left):
+    """Lines that say how devices share the times `left` {run folder: seconds}, and what all runs take of the disk."""
+    units, sizes, tables = {}, {}, {}  # of --shard; of checkpoints; of teacher logits, which students of a seed share
+    for entry in entries:
+        data = entry.name.split("/")[1]
+        for run in entry.runs:
+            units.setdefault((data, run.seed), {})[run.folder] = left[run.folder] or 0.0
+            if run.flags and common.dataset_of(run.flags.data).size:
+                images, _, side, classes = common.dataset_of(run.flags.data).size
+                model = common.build_model(run.flags.arch, classes, (side, side, 3), run.flags.width)
+                sizes[run.folder] = 8 * sum(p.numel() for p in model.parameters())  # weights and momentum
+                if run.teacher:
+                    number = 2 if run.flags.precision == "bf16" else 4
+                    table = run.flags.epochs * (run.flags.subset or images) * classes * number
+                    tables[data, run.teacher, run.seed] = table
+    times = [sum(unit.values()) for unit in units.values()]
+    for count in (1, 8, 64):
+        longest = max(sum(times[i::count]) for i in range(count))
+        yield f"{count} device(s), --shard i/{count}: {in_words(longest)}"
+    checkpoints, logits = sum(sizes.values()) / 1e9, sum(tables.values()) / 1e9
+    yield f"disk: {checkpoints:.1f} GB of checkpoints, {logits:.1f} GB of tables of teacher logits"
 
 
 # ---------------------------------------------------------------- results to keep
