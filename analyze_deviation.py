@@ -293,7 +293,7 @@ def deviation_claims(tables, section="§3.1"):
         text = f"{split}: slope of the student's fit exceeds 1"
         slope = claim_of(text, "> 1", student["slope"], 1, alone)
         below = f"{split}: most of the teacher's hardest quarter lies below y = x"
-        below = claim_of(below, "> 0.5", student["low_below"], 0.5, alone)
+        below = claim_of(below, "> 50%", student["low_below"], 0.5, alone)
         if section and split == "train":
             slope = claims.headline(slope, section, control.get("slope"))
         if section == "§3.1" and split == "train":
@@ -328,14 +328,14 @@ def statistics_markdown(tables):
     return text
 
 
-def plot_one(axis, x, y, ends, fit):
-    """Log density of (X, Y) with y = x and the mean `fit` over seeds; ends: of both axes."""
-    axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, extent=(*ends, *ends), cmap="viridis", linewidths=0.1)
+def plot_one(axis, x, y, x_ends, y_ends, fit):
+    """Log density of (X, Y) with y = x and the mean `fit` over seeds."""
+    axis.hexbin(x, y, gridsize=60, bins="log", mincnt=1, extent=(*x_ends, *y_ends), cmap="viridis", linewidths=0.1)
     slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
-    axis.plot(ends, ends, "k--", lw=1, label="y = x")
-    axis.plot(ends, intercept + slope * ends, color=claims.COLOURS["other"], lw=1.5, label="least-squares fit")
+    axis.plot(x_ends, x_ends, "k--", lw=1, label="y = x")
+    axis.plot(x_ends, intercept + slope * x_ends, color=claims.COLOURS["other"], lw=1.5, label="least-squares fit")
     axis.axvline(np.quantile(x, 0.25), color="0.4", lw=1, ls=":", label="end of the teacher's lowest quarter")
-    axis.set(xlim=ends, ylim=ends, xlabel="X = φ(teacher probability)")
+    axis.set(xlim=x_ends, ylim=y_ends, xlabel="X = φ(teacher probability)")
 
 
 def plot(points, tables, folder, title):
@@ -350,10 +350,11 @@ def plot(points, tables, folder, title):
             for name, logits in dict(point["networks"], teacher=point["teacher"]).items():
                 of_network[name].append(phi_of_class(logits, chosen))
         phi = {name: np.concatenate(values) for name, values in of_network.items()}
-        ends = np.quantile(np.concatenate(list(phi.values())), [0.001, 0.999]) + np.array([-0.5, 0.5])
+        pairs = (phi["teacher"], np.concatenate(list(phi.values())))
+        x_ends, y_ends = (np.quantile(values, [0.001, 0.999]) + np.array([-0.5, 0.5]) for values in pairs)
         for axis, name in zip(row, networks, strict=True):
             fit = tables[split]["predicted"][name]
-            plot_one(axis, phi["teacher"], phi[name], ends, fit)
+            plot_one(axis, phi["teacher"], phi[name], x_ends, y_ends, fit)
             axis.set_ylabel(f"Y = φ({name} probability)")
             slope, below = claims.cell(fit["slope"], 1, 2), claims.cell(fit["low_below"], 100, 0)
             size = f"n = {len(phi[name]):,}"
@@ -363,12 +364,17 @@ def plot(points, tables, folder, title):
     claims.save_figure(figure, folder, "fig1a")
 
 
-def report(points, out, title, resamples=2000, section="§3.1", why_not=None, quiet=False, show=True):
+def report(points, out, title, resamples=2000, section="§3.1", why_not=None, quiet=False, full=True):
     """Measure `points`, {split: one dict per seed, see `replicates`}, and write figure, statistics and claims to `out`.
 
     section: see `deviation_claims`; why_not: the reason for which nothing is claimed; quiet: without a progress bar;
-    show: whether to print the claims.
+    full: see `claims.save_claims`.
     """
+    for split, seeds in points.items():
+        for teacher in [point["teacher"] for point in seeds]:
+            if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
+                what = f"the teacher is equally confident on all {split} points"
+                raise InputError(f"{what}: there is no slope to fit; check its logits")
     out.mkdir(parents=True, exist_ok=True)
     total = resamples * sum(len(seeds) for seeds in points.values())
     with tqdm(total=total, desc="bootstrap", unit="draw", leave=False, disable=quiet or None) as bar:
@@ -379,8 +385,8 @@ def report(points, out, title, resamples=2000, section="§3.1", why_not=None, qu
     runs.write_json(out / "deviation.json", dict(facts, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
     runs.write_text(out / "statistics.md", statistics_markdown(tables))
     nothing = [claims.claim(why_not, "above chance", np.nan, np.nan, np.nan, 0)]
-    claims.save_claims(out, nothing if why_not else deviation_claims(tables, section), over, show)
-    if show and "train" in tables:
+    claims.save_claims(out, nothing if why_not else deviation_claims(tables, section), over, full)
+    if section and "train" in tables:
         print(claims.fit_note(tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]))
     print(f"statistics: {out / 'statistics.md'}")
     plot(points, tables, out, title)
@@ -417,11 +423,6 @@ def main(argv=None):
         what = "the same run folder is named as two of teacher, student and control"
         raise InputError(f"{what}: they must be different runs")
     points = points_from_files(args) if args.teacher_logits else points_from_runs(*of_runs)
-    for split, seeds in points.items():
-        for teacher in [point["teacher"] for point in seeds]:
-            if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
-                what = f"the teacher is equally confident on all {split} points"
-                raise InputError(f"{what}: there is no slope to fit; check its logits")
     first = next(iter(points.values()))
     title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"
     why_not = at_chance(first[0]) if args.teacher_logits else None  # run folders have been compared by their labels

@@ -2,6 +2,7 @@
 
     python benchmark.py                                  # ResNet-20
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
+    python benchmark.py --gpu-check                      # for an issue: one JSON with the CUDA tests' result too
 
 The peers' way is that of RepDistiller's training code: DataLoader with PIL transforms, fp32, batch 64, a teacher
 forward in every step of distillation, the loss read in every step. A speedup is over its best number of workers. Ours
@@ -10,13 +11,16 @@ for distillation "table" (teacher logits looked up instead of computed), as is t
 side by side, each with half of the threads, at least one).
 
 Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
-outside. Writes benchmark.json and benchmark.md into --out.
+outside. The whole run has them inside, and compilation: so short a run, evaluated after every epoch, pays more for them
+than a real one. Writes benchmark.json and benchmark.md into --out.
 """
 
 import argparse
 import functools
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -149,30 +153,35 @@ def peers(data, arch, kd, workers, epochs):
 # ---------------------------------------------------------------- ours
 
 
-def student_flags(args, arch, kd):
+def student_flags(args, arch, kd, batch):
     """Flags of train_student.py for our ways."""
     parser = argparse.ArgumentParser()
     common.add_flags(parser)
     add_student_flags(parser)
     flags = parser.parse_args(["--quiet", "--arch", arch, "--device", args.device, "--data", "npz:random"])
-    flags.epochs, flags.batch_size = args.epochs + 1, min(args.images, 512 if args.device == "cuda" else 128)
+    flags.epochs, flags.batch_size = args.epochs + 1, min(args.images, batch)
     flags.ce_weight, flags.kd_weight = 1.0 - kd, float(kd)
     return engine.resolve(flags)
 
 
 def train_one(folder, images, flags, table, threads, seed):
-    """Train one student in the run folder folder/s<seed>; images per second of each epoch, after one of warm-up."""
+    """Train one student in the run folder folder/s<seed>.
+
+    Returns images per second of each epoch, after one of warm-up, and of the whole run.
+    """
     torch.set_num_threads(threads)
-    data, run, teacher = random_data(images, flags.device), Path(folder) / f"s{seed}", None
+    data = random_data(images, flags.device, test_images=images // 5)  # as many as CIFAR has
+    run, teacher = Path(folder) / f"s{seed}", None
     if flags.kd_weight:
-        kept = "live" if not table else "views" if flags.device == "cuda" else "epochs"
-        model = build(flags.arch, data, "teacher").eval()
+        model, kept = build(flags.arch, data, "teacher").eval(), "epochs" if table else "live"
         teacher = engine.TeacherLogits(model, data, flags.precision, kept, Path(folder) / "teacher-logits")
         for epoch in range(flags.epochs) if table else ():  # made before, as by another student of that teacher
             teacher.follow(("student", seed), epoch, common.epoch_stream(data, "student", seed, epoch)[1])
             teacher.ready()
+    started = time.perf_counter()
     train_student(run, flags, seed, data, teacher)
-    return [line["images_per_s"] for line in runs.read_metrics(run)[1:]]
+    whole = common.total_steps(flags, data)[1] * flags.batch_size / (time.perf_counter() - started)
+    return [line["images_per_s"] for line in runs.read_metrics(run)[1:]], whole
 
 
 def ours(images, flags, table=False, processes=1):
@@ -187,54 +196,82 @@ def ours(images, flags, table=False, processes=1):
 
 def measure(args, arch, kd):
     """[dict]: the rows of one architecture and loss; `speedup` is over the best row of the peers."""
-    data, flags = random_data(args.images, args.device), student_flags(args, arch, kd)
-    eager = argparse.Namespace(**vars(flags) | dict(fast=False))
-    loss, rows = "KD" if kd else "one-hot", []
+    data, loss, rows = random_data(args.images, args.device), "KD" if kd else "one-hot", []
 
-    def add_row(way, batch, rates):
-        """rates: of each epoch, for each process."""
+    def add_row(way, batch, results):
+        """results: what `train_one` returns, for each process; peers have no whole run."""
+        rates, whole = zip(*results, strict=True)
         speed = sum(statistics.median(of_process) for of_process in rates)
-        rows.append(dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=rates))
-        print(f"{arch}, {loss}, {way}: {speed:.0f} images/s", flush=True)
+        row = dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=list(rates))
+        rows.append(dict(row, whole_run_images_per_s=sum(whole) if whole[0] else None))
+        print(f"{arch}, {loss}, {way}, batch {batch}: {speed:.0f} images/s", flush=True)
 
     for workers in WORKERS:
-        add_row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)])
+        add_row(f"peers, {workers} workers", PEERS_BATCH, [(peers(data, arch, kd, workers, args.epochs), None)])
     best = max(row["images_per_s"] for row in rows)
-    add_row("eager", flags.batch_size, ours(args.images, eager))
-    if flags.fast:  # on CUDA
-        add_row("fast", flags.batch_size, ours(args.images, flags))
-    if kd:
-        add_row("table", flags.batch_size, ours(args.images, flags, table=True))
-    add_row("two processes", flags.batch_size, ours(args.images, flags, table=kd, processes=2))
+    for batch in args.batch_size:
+        flags = student_flags(args, arch, kd, batch)
+        eager = argparse.Namespace(**vars(flags) | dict(fast=False))
+        add_row("eager", flags.batch_size, ours(args.images, eager))
+        if flags.fast:  # on CUDA
+            add_row("fast", flags.batch_size, ours(args.images, flags))
+        if kd:
+            add_row("table", flags.batch_size, ours(args.images, flags, table=True))
+        add_row("two processes", flags.batch_size, ours(args.images, flags, table=kd, processes=2))
     return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
+
+
+# ---------------------------------------------------------------- an issue's report
+
+
+def cuda_facts():
+    """Versions of CUDA and of the driver, and how the tests that need CUDA end."""
+    from torch.utils import collect_env
+
+    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", "cuda"]
+    tests = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    print(tests.stdout)
+    driver = collect_env.get_nvidia_driver_version(collect_env.run)
+    ending = dict(passed=tests.returncode == 0, output=(tests.stdout + tests.stderr)[-4000:].splitlines())
+    return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver, tests=ending)
 
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
-    add("--arch", choices=common.ARCHS, nargs="+", default=["resnet20"], help="networks")
+    add("--arch", choices=common.ARCHS, nargs="+", help="networks (default: resnet20)")
     images = "random training images (default: 50000 on CUDA, 5000 on a CPU)"
     add("--images", type=number(int, 128, 10_000_000), help=images)
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
+    add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
     common.add_device_flag(parser)
+    check = "for an issue: the CUDA tests, and ResNet-56 at batch 512 and 1024, as gpu-check.json"
+    add("--gpu-check", action="store_true", help=check)
     add("--out", default="results/benchmark", help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
+    if args.gpu_check and args.device != "cuda":
+        raise runs.InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
     args.images = args.images or (50_000 if args.device == "cuda" else 5_000)
+    args.arch = args.arch or ["resnet56" if args.gpu_check else "resnet20"]
+    args.batch_size = args.batch_size or ([512, 1024] if args.gpu_check else [512 if args.device == "cuda" else 128])
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    versions = runs.versions()
+    versions = runs.versions() | (cuda_facts() if args.gpu_check else {})
     rows = [row for arch in args.arch for kd in (False, True) for row in measure(args, arch, kd)]
     lines = []
     for row in rows:
+        whole = row["whole_run_images_per_s"]
         words = [row[key] for key in ("arch", "loss", "way", "batch")]
-        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}"])
-    table = claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
-    text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n{table}"
+        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}", f"{whole:.0f}" if whole else "–"])
+    heads = ["model", "loss", "way", "batch", "images/s", "× best peers", "whole run images/s"]
+    text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
+    text += claims.markdown_table(heads, lines)
     print(text)
-    runs.write_json(out / "benchmark.json", dict(versions=versions, rows=rows))
-    runs.write_text(out / "benchmark.md", text)
+    name = "gpu-check" if args.gpu_check else "benchmark"
+    runs.write_json(out / f"{name}.json", dict(versions=versions, rows=rows))
+    runs.write_text(out / f"{name}.md", text)
 
 
 if __name__ == "__main__":

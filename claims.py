@@ -31,13 +31,18 @@ def mean_interval(values):
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
-def resampled_sums(columns, resamples, rng, chunk=64):
-    """Sums of columns [N, K] over the points themselves (row 0) and over `resamples` bootstrap draws of them."""
+def resampled_sums(columns, resamples, rng, chunk=64, done=None):
+    """Sums of columns [N, K] over the points themselves (row 0) and over `resamples` bootstrap draws of them.
+
+    done(number of draws) is called as they are made, for a progress bar.
+    """
     n = len(columns)
     sums = [columns.sum(0, keepdims=True)]
     for start in range(0, resamples, chunk):
         draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(min(chunk, resamples - start))]
         sums.append(np.stack(draws).astype(np.float64) @ columns)
+        if done:
+            done(len(draws))
     return np.concatenate(sums)
 
 
@@ -169,15 +174,18 @@ def headlines(rows):
     return sorted(found, key=lambda row: SECTIONS.index(row["section"]) if row["section"] in SECTIONS else -1)
 
 
-def save_claims(folder, rows, over=""):
+def save_claims(folder, rows, over="", full=True):
     """Write claims.json and claims.md into `folder` and print the table, of a long one the headlines alone.
 
-    over: what the intervals cover, added to every note.
+    over: what the intervals cover, added to every note; full: False prints the headlines alone, if there are any.
     """
     rows = [dict(row, note="; ".join(filter(None, (row["note"], over)))) for row in rows]
     runs.write_json(Path(folder) / "claims.json", rows)
     runs.write_text(Path(folder) / "claims.md", claims_markdown(rows))
-    print(claims_markdown(rows) if len(rows) <= 12 else headlines_markdown(headlines(rows)))
+    if full and len(rows) <= 12:
+        print(claims_markdown(rows))
+    elif headlines(rows):
+        print(headlines_markdown(headlines(rows)))
     print(f"claims: {Path(folder) / 'claims.md'} ({verdicts_in_words(rows)})")
 
 
@@ -231,7 +239,7 @@ def headlines_markdown(rows):
     """Rows of `headline` as a Markdown table."""
     names = ("section", "claim", "expected", "shown", "control", "verdict")
     lines = [[row[name] for name in names] for row in rows]
-    return markdown_table(["paper", "claim", "expected", "here [95% interval]", "one-hot control", "verdict"], lines)
+    return markdown_table(["paper", "claim", "expected", "here [95% interval]", "control", "verdict"], lines)
 
 
 # ---------------------------------------------------------------- figures

@@ -351,8 +351,12 @@ class Data:
     def __post_init__(self):
         self.device = self.y_train.device
         self.padded = None if self.mapped else self.pad_black(self.x_train)
-        self.ramp = torch.arange(self.x_train.shape[1], device=self.device)
         self.shifts = 2 * self.pad + 1
+        self.side = self.x_train.shape[1]
+        self.padded_side = self.side + 2 * self.pad
+        ramp = torch.arange(self.side, device=self.device)
+        straight = ramp.view(-1, 1) * self.padded_side + ramp
+        self.crops = torch.stack([straight, straight.flip(1)]).flatten(1)  # pixels of a crop, from its corner on
         self.n_views = self.shifts**2 * (2 if self.flip else 1)
 
     def pad_black(self, images):
@@ -371,13 +375,10 @@ class Data:
             index = torch.arange(len(index), device=self.device)
         else:
             padded = self.padded
-        flip = (view % 2).bool() if self.flip else torch.zeros_like(view, dtype=torch.bool)
-        shift = view // 2 if self.flip else view
-        dy, dx = (shift // self.shifts).view(-1, 1, 1), (shift % self.shifts).view(-1, 1, 1)
-        rows = dy + self.ramp.view(1, -1, 1)
-        mirrored, straight = self.ramp.flip(0).view(1, 1, -1), self.ramp.view(1, 1, -1)
-        cols = dx + torch.where(flip.view(-1, 1, 1), mirrored, straight)
-        return self.normalise(padded[index.view(-1, 1, 1), rows, cols])
+        flip, shift = (view % 2, view // 2) if self.flip else (torch.zeros_like(view), view)
+        corner = (index * self.padded_side + shift // self.shifts) * self.padded_side + shift % self.shifts
+        pixels = padded.flatten(0, 2).index_select(0, (corner.view(-1, 1) + self.crops[flip]).flatten())
+        return self.normalise(pixels.view(len(index), self.side, self.side, padded.shape[-1]))
 
     def normalise(self, images):
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] on the device, channels_last in memory."""
@@ -481,9 +482,9 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.extra:  # option A: subsample and pad with zero channels, no parameters
-            x = F.pad(
-                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)
-            )
+            # Not x[:, :, ::2, ::2]: its gradient is not channels_last, and slows down all before it.
+            x = F.avg_pool2d(x, 1, self.stride)
+            x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
         return F.relu(out + x)
 
 

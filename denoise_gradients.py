@@ -9,7 +9,6 @@ seed has three students with the same start, order and views, one for each of LO
 steps the per-example gradients of all three losses are taken at the same parameters (see `measure`), and compared there
 and along each loss's own run (see `compare`). Runs are trained when missing and used again when finished; the onehot
 and kd runs are what train_student.py makes with --snapshot-at 0.05 0.25 0.5, so those of switch_distill.py serve too.
-Figure, statistics and claims go into --out; what was measured of a seed is kept there in seeds/ and not measured twice.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from scipy import stats
 from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
 
 import claims
 import common
@@ -38,9 +38,9 @@ from train_teacher import train_teacher
 # alone, the label smoothed until its entropy is the teacher's mean entropy at T.
 LOSSES = ("onehot", "kd", "smooth")
 STYLES = dict(
-    onehot=dict(color="tab:red", label="one-hot"),
-    kd=dict(color="tab:blue", label="KD"),
-    smooth=dict(color="tab:grey", label="smoothed labels"),
+    onehot=dict(color=claims.COLOURS["onehot"], label="one-hot"),
+    kd=dict(color=claims.COLOURS["kd"], label="KD"),
+    smooth=dict(color=claims.COLOURS["smoothed"], label="smoothed labels"),
 )
 BATCH_SIZES = (16, 64, 256, 1024)
 QUARTERS = ("hardest quarter", "second quarter", "third quarter", "easiest quarter")
@@ -137,8 +137,7 @@ class Points(NamedTuple):
     """The images of which gradients are taken, un-augmented, and how they are drawn into batches."""
 
     images: torch.Tensor  # [N, C, H, W]
-    clean: tuple  # (images, targets) of all training images, with clean labels
-    held_out: tuple  # the same of the held-out images
+    held_out: tuple  # (images, targets) of the held-out images
     groups: dict  # {name: bool array [N]}
     weights: torch.Tensor  # [R, N], see `batch_weights`
     rows: dict  # {key: slice of R}
@@ -174,32 +173,19 @@ def noise_scale(mean_square, square_of_mean, n):
     return trace, signal, trace / max(signal, trace / (UNRESOLVED * n)) if trace > 0 else 0.0
 
 
-def best_step(fall, slope, loss, halvings=10):
-    """(length, fall) of the step that gains most: fall(length) on a grid of halvings.
-
-    The grid starts where a straight line of this slope would bring the loss to zero. It always finds a gain, be it
-    tiny, unless the slope is zero; then the fall is counted as 1e-30, for it divides.
-    """
-    lengths = [loss / max(slope, 1e-30) / 2**k for k in range(halvings)]
-    falls = [fall(length) for length in lengths]
-    best = int(np.argmax(falls))
-    return lengths[best], max(falls[best], 1e-30)
-
-
 def measure(model, points, losses, real_steps=True):
     """Statistics of each loss at the model's parameters: {loss: {statistic: float}}, with "deviation" an array [N].
 
     losses: {name: (targets [N, C], temperature)}. The model is in eval mode.
     noise_scale: see there; "deviation" and "noise <group>" are the parts of points and groups, whose mean it is
-    cos_clean, cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on the training images with
-        clean labels, and on held-out images; mean over the batches of each size and group
+    cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on held-out images; mean over the
+        batches of each size and group
     first_order, decrease: of the held-out loss by a step along a mini-batch gradient scaled to unit length, as a share
-        of what steepest descent gains: in the limit of short steps, and, with real_steps, truly taken for each of
-        LOSSES, with the length that is best for steepest descent. A step as long as in training would not do: in eval
-        mode it overshoots whatever its direction.
+        of what steepest descent gains: in the limit of short steps, and, with real_steps, truly taken, with the length
+        that is best for steepest descent. One as long as in training overshoots in eval mode whatever its direction.
     """
-    references = [mean_gradient(model, *points.clean, 1.0), mean_gradient(model, *points.held_out, 1.0)]
-    found, falls_along = {}, held_out_falls(model, points, references[1]) if real_steps else None
+    uphill = mean_gradient(model, *points.held_out, 1.0)
+    found, falls_along = {}, held_out_falls(model, points, uphill) if real_steps else None
     for name, (targets, temperature) in losses.items():
         mean, squares, inner, batches = stream(model, points.images, targets, temperature, points.weights)
         square_of_mean = float(mean @ mean)
@@ -211,14 +197,12 @@ def measure(model, points, losses, real_steps=True):
             one[f"noise {group}"] = float(deviation[member].mean())
 
         norms = batches.norm(dim=1).clamp(min=1e-30)
-        along = batches @ torch.stack(references, 1) / norms[:, None]
-        for k, statistic in enumerate(("cos_clean", "cos_held_out")):
-            cosines = along[:, k] / max(float(references[k].norm()), 1e-30)
-            for key in (*BATCH_SIZES, *points.groups):
-                one[f"{statistic} {key}"] = float(cosines[points.rows[key]].mean())
+        cosines = batches @ uphill / norms / max(float(uphill.norm()), 1e-30)
+        for key in (*BATCH_SIZES, *points.groups):
+            one[f"cos_held_out {key}"] = float(cosines[points.rows[key]].mean())
         step = points.rows[points.step_size]
-        one["first_order"] = float(cosines[step].mean())  # that with the held-out gradient
-        if real_steps and name in LOSSES:
+        one["first_order"] = float(cosines[step].mean())
+        if real_steps:
             one |= falls_along(batches[step] / norms[step][:, None])
         found[name] = one
     return found
@@ -235,9 +219,11 @@ def held_out_falls(model, points, uphill):
     def fall(move):
         return start - moved_loss(model, move, images, labels)
 
-    slope = float(uphill.norm())
-    downhill = -uphill / max(slope, 1e-30)
-    length, best = best_step(lambda size: fall(size * downhill), slope, start)
+    # Steepest descent gains most at one of these lengths; a straight line would bring the loss to zero at the first.
+    slope = max(float(uphill.norm()), 1e-30)
+    downhill, lengths = -uphill / slope, [start / slope / 2**k for k in range(10)]
+    falls = [fall(length * downhill) for length in lengths]
+    length, best = lengths[int(np.argmax(falls))], max(*falls, 1e-30)  # without any gradient no step gains
 
     def along(directions):
         shares = np.array([fall(-length * direction) for direction in directions]) / best
@@ -250,16 +236,10 @@ def held_out_falls(model, points, uphill):
 # ---------------------------------------------------------------- runs
 
 
-def teacher_folder(args, seed):
-    """Run folder of the teacher: --teacher, or one that this script trains."""
-    given = args.teacher or f"{args.runs}/{runs.default_name(args)}-teacher-s{{seed}}"
-    return Path(given.replace("{seed}", str(seed)))
-
-
-def student_folder(what, args, seed):
-    """Run folder of the student run `what` (one of LOSSES)."""
-    given = getattr(args, what) or f"{args.runs}/{runs.default_name(args)}-denoise-{what}-s{{seed}}"
-    return Path(given.replace("{seed}", str(seed)))
+def run_folder(what, args, seed):
+    """Run folder of `what`, the teacher or one of LOSSES: the one given, or one that this script trains."""
+    default = f"{args.runs}/{runs.default_name(args)}-{'' if what == 'teacher' else 'denoise-'}{what}-s{{seed}}"
+    return Path((getattr(args, what) or default).replace("{seed}", str(seed)))
 
 
 def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
@@ -280,7 +260,7 @@ def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
 
 def student_states(what, args, seed, data, teacher, smoothing):
     """{percent: state dict} of the student run `what`, from 0 to 100; trained now when it is missing."""
-    run, kd, total = student_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
+    run, kd, total = run_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
     steps = {percent: min(round(total * percent / 100), total - 1) for percent in args.percents}
     flags = common.only_flags(args, common.add_flags, add_student_flags, kd_weight=kd, ce_weight=1 - kd)
     if what == "smooth":
@@ -309,7 +289,6 @@ def student_states(what, args, seed, data, teacher, smoothing):
 
 
 def kept_file(args, seed):
-    """Where what was measured of a seed is kept."""
     return Path(args.out) / "seeds" / f"denoise-s{seed}.json"
 
 
@@ -322,7 +301,7 @@ def matched_smoothing(teacher_logits, temperature):
 
 def measure_seed(args, seed, data):
     """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`."""
-    folders = {"teacher": teacher_folder(args, seed)} | {what: student_folder(what, args, seed) for what in LOSSES}
+    folders = {what: run_folder(what, args, seed) for what in ("teacher", *LOSSES)}
     if not args.teacher:
         train_teacher(folders["teacher"], args, seed, data)
     teacher = engine.load_teacher(folders["teacher"], data)
@@ -353,22 +332,30 @@ def measurements(args, seed, data, states, logits, smoothing):
     teacher = logits[chosen].cpu().numpy()
     predicted = teacher.argmax(1)
     x = phi_of_class(teacher, predicted)
-    file = student_folder("kd", args, seed) / "logits.npz"
+    file = run_folder("kd", args, seed) / "logits.npz"
     student = check_logits(runs.read_npz(file, engine.LOGITS)["train_logits"], file, logits)
     gap = phi_of_class(student[chosen.cpu().numpy()], predicted) - x
 
     points = points_of(args, seed, data, chosen, x)
-    losses = losses_of(args, data, chosen, logits, smoothing)
+    labels, temperature = data.y_train[chosen], args.temperature
+    losses = dict(
+        onehot=(F.one_hot(labels, data.classes).float(), 1.0),
+        kd=(F.softmax(logits / temperature, 1)[chosen], temperature),
+        smooth=(smoothed(labels, data.classes, smoothing), temperature),
+    )
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width).to(data.device)
     table = {what: {} for what in LOSSES}
+    bar = tqdm(total=sum(map(len, states.values())), desc=f"gradients, seed {seed}", leave=False, disable=None)
     for what in LOSSES:
+        here = {"smooth": losses["smooth"]} if what == "smooth" else losses
         for percent, state in states[what].items():
+            bar.update()
             if percent == 0 and what != "onehot":  # the three runs start from the same parameters
                 table[what]["0"] = table["onehot"]["0"]
                 continue
             model.load_state_dict(state)
-            here = {"smooth": losses["smooth"]} if what == "smooth" else losses
             table[what][f"{percent:g}"] = measure(model.eval(), points, here, real_steps=what != "smooth")
+    bar.close()
     reductions = point_reductions(table)
     for by_percent in table.values():
         for found in by_percent.values():
@@ -392,19 +379,9 @@ def points_of(args, seed, data, chosen, x):
     step_size, test = min(args.batch_size, len(data.y_train)), slice(0, args.held_out or None)
     weights, rows = batch_weights(groups, step_size, args.batches, common.generator("denoise", seed))
     weights = weights.to(data.device)
-    train, held_out = (data.normalise(images).contiguous() for images in (data.x_train, data.x_test[test]))
-    clean, labels = (F.one_hot(y, data.classes).float() for y in (data.y_clean, data.y_test[test]))
-    return Points(train[chosen], (train, clean), (held_out, labels), groups, weights, rows, step_size)
-
-
-def losses_of(args, data, chosen, logits, smoothing):
-    """{name in LOSSES: (targets [N, C], temperature)} of the training images `chosen`."""
-    labels, temperature = data.y_train[chosen], args.temperature
-    return {
-        "onehot": (F.one_hot(labels, data.classes).float(), 1.0),
-        "kd": (F.softmax(logits / temperature, 1)[chosen], temperature),
-        "smooth": (smoothed(labels, data.classes, smoothing), temperature),
-    }
+    held_out = data.normalise(data.x_test[test]).contiguous(), F.one_hot(data.y_test[test], data.classes).float()
+    images = data.normalise(data.x_train[chosen]).contiguous()
+    return Points(images, held_out, groups, weights, rows, step_size)
 
 
 # ---------------------------------------------------------------- claims
@@ -476,16 +453,6 @@ def link(seed):
     return dict(plain=float(r[0, 1]), given_x=float(partial))
 
 
-def joint_claim(text, verdicts):
-    """The row of a claim that counts only when all its comparisons agree: their common verdict, else "mixed"."""
-    held = list(verdicts.values()).count("holds")
-    note = "; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items())
-    note += ". Measured: how many hold, without interval"
-    expected = f"all {len(verdicts)} comparisons hold"
-    row = claims.claim(text, expected, held, held, held, len(verdicts) - 0.5, note=note)
-    return dict(row, verdict=next(iter(verdicts.values())) if len(set(verdicts.values())) == 1 else "mixed")
-
-
 def denoise_claims(seeds):
     """Claims rows: the comparisons and their joint verdict for each claim, and the link to the student–teacher gap."""
     where = {
@@ -511,7 +478,8 @@ def denoise_claims(seeds):
         for key, note in zip(values[0], notes, strict=True):
             measured = claims.mean_interval([value[key] for value in values])
             parts[key] = claims.claim(f"{text}: ({key}) {where[key]}", "> 0", *measured, 0, note=note)
-        rows += [joint_claim(text, {key: row["verdict"] for key, row in parts.items()}), *parts.values()]
+        rows += [claims.joint_claim(text, {key: row["verdict"] for key, row in parts.items()}), *parts.values()]
+    rows[0] = claims.headline(rows[0], "§5")
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
         measured = claims.mean_interval([link(seed)[key] for seed in seeds])
@@ -533,53 +501,50 @@ def over_seeds(values):
     return dict(value=value, low=low, high=high, seeds=[float(value) for value in values])
 
 
-def bands(axis, seeds, xs, value_of, scale=float):
+def bands(axis, seeds, xs, value_of, scale=np.asarray):
     """A band for each loss: scale(mean over seeds of value_of(table, loss, x)) at each of xs."""
     for loss in LOSSES:
         cells = []
         for x in xs:
             cell = over_seeds([value_of(seed["table"], loss, x) for seed in seeds])
-            cells.append({end: scale(cell[end]) for end in ("value", "low", "high")})
+            cells.append({key: scale(value) for key, value in cell.items()})
         claims.band(axis, [float(x) for x in xs], cells, **STYLES[loss])
-    axis.legend(fontsize=8)
 
 
-def noise_panel(axis, seeds, title, run_of):
-    """Noise scale over training, of each loss at the parameters of the run run_of[loss]."""
+def curves(axes, seeds, batch_size):
+    """Four axes: noise scale at shared parameters and along own runs, alignment, decrease; as in `compare`."""
 
-    def log_scale(table, loss, percent):
-        return math.log(max(table[run_of[loss]][percent][loss]["noise_scale"], 1e-12))
+    def log_scale(table, loss, run, percent):
+        return math.log(max(table[run][percent][loss]["noise_scale"], 1e-12))
 
-    bands(axis, seeds, seeds[0]["table"]["kd"], log_scale, np.exp)
-    axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="share of training steps, %", title=title)
+    def at_shared(table, loss, percent):
+        return np.mean([log_scale(table, loss, run, percent) for run in ("onehot", "kd")])
 
-
-def alignment_panel(axis, seeds, statistic, title):
-    """Cosine of mini-batch gradients with a reference gradient over the batch size, at shared parameters."""
+    def own(table, loss, percent):
+        return log_scale(table, loss, loss, percent)
 
     def cosine(table, loss, size):
-        return np.mean([at[loss][f"{statistic} {size}"] for at in shared_checkpoints(table)])
-
-    bands(axis, seeds, BATCH_SIZES, cosine)
-    axis.set(xscale="log", xlabel="batch size", ylabel="cosine with the reference gradient", title=title)
-    axis.set_xticks(BATCH_SIZES, BATCH_SIZES)
-    axis.minorticks_off()
-
-
-def decrease_panel(axis, seeds, title):
-    """Decrease of the held-out loss by real steps over training, mean over the onehot and the kd run."""
+        return np.mean([at[loss][f"cos_held_out {size}"] for at in shared_checkpoints(table)])
 
     def decrease(table, loss, percent):
         return np.mean([table[run][percent][loss]["decrease"] for run in ("onehot", "kd")])
 
-    bands(axis, seeds, seeds[0]["table"]["kd"], decrease)
-    axis.axhline(0, color="black", lw=0.6)
-    axis.set(xlabel="share of training steps, %", ylabel="share of steepest descent", title=title)
-
-
-def error_bars(cells):
-    """Lengths of error bars; none for a single seed."""
-    return [cell["value"] - cell["low"] if math.isfinite(cell["low"]) else 0 for cell in cells]
+    percents = list(seeds[0]["table"]["kd"])
+    for axis, value_of, title in (
+        (axes[0], at_shared, "(i) Noise at shared parameters"),
+        (axes[1], own, "(ii) Noise along each loss's own run"),
+    ):
+        bands(axis, seeds, percents, value_of, np.exp)
+        axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)", title=title)
+    bands(axes[2], seeds, BATCH_SIZES, cosine)
+    axes[2].set(xscale="log", xlabel="batch size", ylabel="cosine with held-out gradient")
+    axes[2].set(title="(iii) Alignment, shared parameters")
+    axes[2].set_xticks(BATCH_SIZES, BATCH_SIZES)
+    axes[2].minorticks_off()
+    bands(axes[3], seeds, percents, decrease)
+    axes[3].axhline(0, color="black", lw=0.8)
+    axes[3].set(xlabel="training steps (%)", ylabel="share of steepest descent")
+    axes[3].set(title=f"(iii) Real steps, batches of {batch_size}")
 
 
 def groups_panel(axis, seeds):
@@ -600,41 +565,36 @@ def groups_panel(axis, seeds):
     for k, loss in enumerate(LOSSES):
         cells = [over_seeds([relative(seed["table"], loss, group) for seed in seeds]) for group in groups]
         values, places = [cell["value"] for cell in cells], np.arange(len(groups)) + 0.27 * (k - 1)
-        axis.bar(places, values, 0.25, yerr=error_bars(cells), capsize=2 * (len(seeds) > 1), **STYLES[loss])
-    axis.set(ylabel="noise relative to one-hot over all points")
-    axis.set(title="Noise by teacher hardness and label, shared parameters")
-    axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups], fontsize=8)
-    axis.legend(fontsize=8)
+        bars = [cell["value"] - cell["low"] if len(seeds) > 1 else 0 for cell in cells]
+        axis.bar(places, values, 0.25, color=STYLES[loss]["color"])
+        axis.errorbar(places, values, bars, fmt="none", color="black", lw=0.8, capsize=2 * (len(seeds) > 1))
+        axis.plot(places, [cell["seeds"] for cell in cells], ".", ms=2, color="0.3")
+    axis.set(ylabel="relative to one-hot on all points", title="Noise by group, shared parameters")
+    axis.set_xticks(range(len(groups)), [group.split()[0] for group in groups], rotation=25)
+    axis.set_xlabel("quarter by teacher confidence" + ", or label" * (len(groups) > len(QUARTERS)))
 
 
-def gap_panel(axis, seeds):
+def gap_panel(figure, axis, seeds):
     """Each point's reduction against the student–teacher gap, coloured by teacher confidence."""
     gap, x = (np.concatenate([seed[key] for seed in seeds]) for key in ("gap", "x"))
     reductions = np.concatenate([seed["reductions"]["shared"] for seed in seeds])
-    axis.scatter(gap, reductions, s=3, alpha=0.3, c=x, cmap="viridis", rasterized=True)
-    axis.axhline(0, color="black", lw=0.6)
-    correlation = np.mean([link(seed)["plain"] for seed in seeds])
-    axis.set(xlabel="student–teacher gap Y − X", ylabel="noise reduction of the point")
-    axis.set(title=f"Reduction against gap, Spearman {correlation:.2f} (colour: X)")
+    points = axis.scatter(gap, reductions, s=3, alpha=0.4, c=x, cmap="viridis", rasterized=True)
+    figure.colorbar(points, ax=axis, label="teacher confidence X").solids.set_alpha(1)
+    axis.axhline(0, color="black", lw=0.8)
+    correlation = f"{np.mean([link(seed)['plain'] for seed in seeds]):.2f}".replace("-", "−")
+    axis.set(xlabel="student–teacher gap Y − X", ylabel="noise reduction", title=f"Points, Spearman {correlation}")
     axis.set_yscale("symlog", linthresh=0.1)
 
 
 def plot(seeds, args):
-    """The figure: noise scale over training; alignment and decrease; where the noise falls and for which losses."""
-    figure, axes = claims.pyplot().subplots(3, 3, figsize=(15, 12), layout="constrained")
-    noise_panel(axes[0, 0], seeds, "Noise scale at the one-hot run's parameters", dict.fromkeys(LOSSES, "onehot"))
-    noise_panel(axes[0, 1], seeds, "Noise scale at the KD run's parameters", dict.fromkeys(LOSSES, "kd"))
-    noise_panel(axes[0, 2], seeds, "Noise scale of each loss along its own run", {loss: loss for loss in LOSSES})
-    alignment_panel(axes[1, 0], seeds, "cos_clean", "Alignment with the gradient on clean training labels")
-    alignment_panel(axes[1, 1], seeds, "cos_held_out", "Alignment with the gradient on held-out images")
-    decrease_panel(axes[1, 2], seeds, f"Decrease of the clean held-out loss, batches of {args.batch_size}")
-    groups_panel(axes[2, 0], seeds)
-    gap_panel(axes[2, 1], seeds)
-    axes[2, 2].set_axis_off()
-    for axis in axes.flat:
-        axis.title.set_fontsize(10)
-    what = f"{args.data}, {args.arch}, {len(seeds)} seeds; {seeds[0]['gradients']}"
-    figure.suptitle(f"Gradient noise of one-hot, distilled and smoothed losses: {what}")
+    """The figure: what `compare` compares, then where the noise falls."""
+    figure, axes = claims.pyplot().subplots(2, 3, figsize=(9.5, 6.4))
+    curves(axes.flat[:4], seeds, args.batch_size)
+    groups_panel(axes[1, 1], seeds)
+    gap_panel(figure, axes[1, 2], seeds)
+    claims.legend_below(figure, axes[0, 0])
+    over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}\n{seeds[0]['gradients']}")
     claims.save_figure(figure, args.out, "denoise")
 
 
@@ -645,13 +605,13 @@ def add_measuring_flags(parser):
     """The flags that say what is measured. What is defined here is compared with what is kept of a seed."""
     add = parser.add_argument_group("measuring").add_argument
     share = number(float, 0, 100, open_low=True, open_high=True)
-    percents = "shares of the steps at which to measure, besides 0 and 100"
+    percents = "shares of the steps at which to measure, besides 0 and 100 (default: %(default)s)"
     add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help=percents)
-    points = "random training images with per-example gradients; 0 for all"
+    points = "random training images with per-example gradients; 0 for all (default: %(default)s)"
     add("--points", type=number(int, 0), default=0, help=points)
-    held_out = "the first so many test images as held-out data; 0 for all"
+    held_out = "the first so many test images as held-out data; 0 for all (default: %(default)s)"
     add("--held-out", type=number(int, 0), default=2000, help=held_out)
-    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
+    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size (default: %(default)s)")
 
 
 def main(argv=None):
@@ -660,7 +620,7 @@ def main(argv=None):
     add_student_flags(parser)
     add_measuring_flags(parser)
     add = parser.add_argument_group("run folders").add_argument
-    add("--runs", default="runs", help="folder in which run folders are looked for and made")
+    add("--runs", default="runs", help="folder in which run folders are looked for and made (default: %(default)s)")
     for what in LOSSES:
         add(f"--{what}", help=f"run folder of the {what} student; {{seed}} stands for the seed (default: in --runs)")
     common.add_process_flags(parser)
@@ -681,11 +641,11 @@ def main(argv=None):
         raise InputError("gradients are taken of images in memory, where these do not fit: give a smaller --image-size")
     common.check_model(args, data)
     seeds = engine.shard_of(args)
-    teachers = sorted({teacher_folder(args, seed) for seed in seeds})
+    teachers = sorted({run_folder("teacher", args, seed) for seed in seeds})
     given = teachers if args.teacher else []
     for run in given:
         engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
-    planned = [student_folder(what, args, seed) for seed in seeds for what in LOSSES]
+    planned = [run_folder(what, args, seed) for seed in seeds for what in LOSSES]
     if len({os.path.realpath(run) for run in planned}) < len(planned):
         what = "two runs share a folder: give --onehot, --kd and --smooth different ones"
         raise InputError(f"{what}, with {{seed}} in each for several seeds")

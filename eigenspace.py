@@ -6,8 +6,7 @@
 The claim: at equal progress along a top direction the self-distilled student has progressed less along a lower one than
 its teacher. Levels: least squares, where that is the theorem; classifiers, in the eigenspace of the first layer's
 input; a ResNet's logits, in that of its empirical NTK. The student has its teacher's loss, so T = 1, and a control that
-is as soft and not taught; --temperature adds the same pair at that T (see NETWORKS). Writes linear, classifiers, ntk
-as .png/.pdf/.json, claims.json, claims.md, and seeds/*.json, which a second run reuses.
+is as soft and not taught; --temperature adds the same pair at that T (see NETWORKS).
 
 Departures from the paper: plain SGD (no momentum, weight decay or augmentation), so that paths are smooth; images are
 centred on the mean training image; models are half as wide; test accuracies are of the first 1,000 test images; and
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import claims
 import common
@@ -43,13 +43,8 @@ def flow_filter(eigenvalues, t):
 
 
 def gd_filter(eigenvalues, steps, lr):
-    """1 − (1 − ηλ)^k: the same after `steps` steps of gradient descent. ValueError unless 0 <= ηλ < 2 (it diverges)."""
-    rate = np.multiply(lr, eigenvalues)
-    if np.any(rate >= 2) or np.any(rate < 0):
-        reached = f"lr·eigenvalue reaches {np.max(rate):.3g} (least {np.min(rate):.3g})"
-        raise ValueError(f"{reached}: gradient descent needs it within [0, 2)")
-    small = -np.expm1(steps * np.log1p(-np.minimum(rate, 0.5)))  # exact also where (1 − rate) rounds
-    return np.where(rate <= 0.5, small, 1 - (1 - rate) ** steps)
+    """1 − (1 − ηλ)^k: the same after k steps of gradient descent at the rate η, as long as ηλ < 1 (no overshoot)."""
+    return -np.expm1(steps * np.log1p(-np.multiply(lr, eigenvalues)))  # exact also where 1 − ηλ rounds
 
 
 def equal_progress(top, low, teacher_time, share):
@@ -59,51 +54,19 @@ def equal_progress(top, low, teacher_time, share):
     trained on its predictions, at time s with A_top(s) = share, the teacher at t <= T. Returns (A_low(t),
     A_low(s)·A_low(T)), teacher and student along `low`. Theorem: for 0 < low < top the second is strictly smaller.
     Proof: with q = low/top, A_low = g(A_top), g(a) = 1 − (1−a)^q, and g(a)·g(b) < g(a·b) on (0, 1), as a·g'(a)/g(a)
-    increases in a for q < 1. Gradient descent: the same with −log(1 − ηλ)/η for λ, as long as ηλ < 1 (no overshoot).
+    increases in a for q < 1. Gradient descent: the same with −log(1 − ηλ)/η for λ (no overshoot).
     """
     s = -np.log1p(-np.asarray(share)) / top
     t = -np.log1p(-share * flow_filter(top, teacher_time)) / top
     return flow_filter(low, t), flow_filter(low, s) * flow_filter(low, teacher_time)
 
 
-def theorem(eigenvalues):
-    """Theorem 4.1 for all pairs, 5 teacher times and 9 shares: (cases, violations, largest ratio student/teacher)."""
-    high, low = (eigenvalues[k] for k in np.triu_indices(len(eigenvalues), 1))
-    distinct = high > low * (1 + 1e-6)
-    high, low = high[distinct][:, None, None], low[distinct][:, None, None]
-    times = np.array([0.1, 0.5, 1, 3, 10])[:, None] / high
-    teacher, student = equal_progress(high, low, times, np.linspace(0.1, 0.9, 9))
-    return int(teacher.size), int((student >= teacher).sum()), float((student / teacher).max())
-
-
-def gd_solution(x, y, lr, steps):
-    """β [d, K] after `steps` of gradient descent on ‖xβ − y‖²/(2n) from zero, in closed form; x [n, d], y [n, K]."""
-    eigenvalues, vectors = np.linalg.eigh(x.T @ x / len(x))
-    eigenvalues = np.maximum(eigenvalues, 0)
-    divided = gd_filter(eigenvalues, steps, lr) / np.maximum(eigenvalues, 1e-300)
-    divided = np.where(eigenvalues > 1e-300, divided, lr * steps)  # its limit for λ → 0
-    return vectors @ (divided[:, None] * (vectors.T @ (x.T @ y) / len(x)))
-
-
 def gd_simulation(x, y, lr, steps):
-    """The same by the plain loop."""
+    """β [d, K] after `steps` of gradient descent on ‖xβ − y‖²/(2n) from zero, by the plain loop; x [n, d], y [n, K]."""
     beta = np.zeros((x.shape[1], y.shape[1]))
     for _ in range(steps):
         beta -= lr * (x.T @ (x @ beta - y)) / len(x)
     return beta
-
-
-def excess_risk(shares, eigenvalues, beta, noise, n):
-    """(bias², variance) of the estimator that keeps the shares f [..., d]: Σ λ(1−f)²β*² and σ²/n·Σ f².
-
-    Fixed design with XᵀX/n = diag(eigenvalues), y = Xβ* + ε, ε of standard deviation `noise`; risk E‖X(β̂−β*)‖²/n.
-    """
-    return (eigenvalues * (1 - shares) ** 2 * beta**2).sum(-1), noise**2 / n * (shares**2).sum(-1)
-
-
-def fixed_design(rng, n, eigenvalues):
-    """x [n, d] with xᵀx/n = diag(eigenvalues) exactly, otherwise random."""
-    return np.linalg.qr(rng.standard_normal((n, len(eigenvalues))))[0] * np.sqrt(n * eigenvalues)
 
 
 # The bias-variance example: 30 directions λ_k = k^-1.5, 100 points. β* is random; its energy λβ*² falls (top) or rises
@@ -114,29 +77,30 @@ NOISES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def bias_variance(seed, draws=400):
-    """Risk of four estimators for NOISES, with the signal in top or in low directions: dict(exact, simulated).
+    """Risk E‖X(β̂−β*)‖²/n of four estimators for NOISES, signal in top or in low directions: dict(exact, simulated).
 
-    exact: {signal: {estimator: [risk per noise]}}, by the formulas, a "best" one at its own best time.
+    exact: {signal: {estimator: [risk per noise]}}, by the formula, a "best" one at its own best time.
     simulated: the same of teacher and student, means over `draws` of the noise, by the loop.
     """
     rng = np.random.default_rng([4, seed])
     times = np.geomspace(0.1, 1e5, 1200)[:, None]
     teacher = gd_filter(POWER_LAW, STEPS, RATE)[None]
-    families = {  # shares [times, d]
+    families = {  # shares f of β* that are kept [times, d]
         "teacher": teacher,
         "student": teacher**2,  # trained as long as the teacher
         "best early stop": gd_filter(POWER_LAW, np.minimum(times, STEPS), RATE),
         "best student": gd_filter(POWER_LAW, times, RATE) * teacher,
     }
-    x = fixed_design(rng, POINTS, POWER_LAW)
+    # XᵀX/n = diag(POWER_LAW) exactly
+    x = np.linalg.qr(rng.standard_normal((POINTS, DIRECTIONS)))[0] * np.sqrt(POINTS * POWER_LAW)
     exact, simulated = {}, {}
     for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
         energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
         exact[signal], simulated[signal] = {name: [] for name in families}, {"teacher": [], "student": []}
         for noise in NOISES:
-            for name, shares in families.items():
-                bias, variance = excess_risk(shares, POWER_LAW, beta, noise, POINTS)
+            for name, f in families.items():
+                bias, variance = (POWER_LAW * (1 - f) ** 2 * beta**2).sum(-1), noise**2 / POINTS * (f**2).sum(-1)
                 exact[signal][name].append(float((bias + variance).min()))
             y = (x @ beta)[:, None] + noise * rng.standard_normal((POINTS, draws))
             fitted = gd_simulation(x, y, RATE, STEPS)
@@ -181,35 +145,14 @@ def example(name, seed):
     eigenvalues, vectors = second_moment_eigenvectors(x)
     observe = functools.partial(weight_and_accuracy, *test)
     training, names = (1 / float(eigenvalues[0]), 100, 0), ("teacher", "student", "smoothed")
-    models, seen = self_distil(build, x, labels, 2, seed, observe, *training, networks=names)
+    _, seen, fit = self_distil(build, x, labels, 2, seed, observe, *training, networks=names)
     buckets = [(0, 1), (1, 1 + low)]
-    train_accuracy = accuracy_of(models["teacher"], x, labels)
-    return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=train_accuracy)
+    return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=fit)
 
 
-def linear_seed(data, seed):
-    """Level 1, least squares from zero. Teacher filter A(t) = I − exp(−tΣ) (discrete: I − (I − ηΣ)^k), student
-    A(s)·A(T)·β*, where T is the time at which the teacher stopped.
-
-    gd_error: gradient descent on the data against this closed form. Then bias and variance, and the constructed
-    examples, where the same bias helps or hurts.
-    """
-    x = data.normalise(data.x_train[:2000]).flatten(1).double().cpu().numpy()
-    x = (x - x.mean(0))[:, x.std(0) > 1e-6]
-    if x.shape[1] > 300:  # keep the loop quick on large images: their leading 300 principal components
-        x = x @ np.linalg.eigh(x.T @ x)[1][:, -300:]
-    eigenvalues = np.sort(np.linalg.eigvalsh(x.T @ x / len(x)))[::-1]
-    y = F.one_hot(data.y_train[:2000], data.classes).double().cpu().numpy()
-    y *= np.random.default_rng([3, seed]).random(len(x))[:, None]  # others for every seed
-    lr, steps = 0.9 / eigenvalues[0], 200
-    teacher, closed = gd_simulation(x, y, lr, steps), gd_solution(x, y, lr, steps)
-    student, closed_student = gd_simulation(x, x @ teacher, lr, steps), gd_solution(x, x @ closed, lr, steps)
-    return dict(
-        gd_error=float(max(np.abs(teacher - closed).max(), np.abs(student - closed_student).max())),
-        spectrum=eigenvalues[eigenvalues > 1e-9 * eigenvalues[0]][:100].tolist(),
-        **bias_variance(seed),
-        examples={name: example(name, seed) for name in EXAMPLES},
-    )
+def linear_seed(seed):
+    """Level 1, least squares from zero; its constructed examples show where the same bias helps and where it hurts."""
+    return dict(**bias_variance(seed), examples={name: example(name, seed) for name in EXAMPLES})
 
 
 # ---------------------------------------------------------------- eigen-buckets and matched progress
@@ -253,17 +196,14 @@ def weight_progress(seen, vectors, buckets):
 
 def at_top(path, levels):
     """`path` [S, K] interpolated where its column 0 first reaches each level: [L, K], NaN where it never does."""
-    rows = []
-    for level in levels:
+    rows = np.full((len(levels), path.shape[1]), np.nan)
+    for row, level in zip(rows, levels, strict=True):
         reached = np.flatnonzero(path[:, 0] >= level)
-        if not len(reached):
-            rows.append(np.full(path.shape[1], np.nan))
-        elif reached[0] == 0:
-            rows.append(path[0])
-        else:
-            before, after = path[reached[0] - 1], path[reached[0]]
-            rows.append(before + (level - before[0]) / (after[0] - before[0]) * (after - before))
-    return np.stack(rows)
+        if len(reached):
+            before, after = path[max(reached[0] - 1, 0)], path[reached[0]]
+            share = (level - before[0]) / (after[0] - before[0]) if reached[0] else 0.0
+            row[:] = before + share * (after - before)
+    return rows
 
 
 def compare(paths, *names, count=20):
@@ -272,8 +212,7 @@ def compare(paths, *names, count=20):
     paths: {network: [S, buckets + 1]}, progress per bucket and test accuracy. Lower progress is averaged over `count`
     evenly spaced levels of the top bucket that the teacher and all of `names` reach (each at its first crossing), and
     divided by the teacher's average. Below 1: exaggeration; the teacher's own path *is* early stopping. Returns levels
-    [L], and of the teacher and each name curves [L, buckets − 1], the ratio at each level, ratio [buckets − 1], of the
-    averages, and accuracy, at the last level.
+    [L], and of each network curves [L, buckets − 1] (the ratio at each level), ratio (of averages), accuracy (at last).
     """
     paths = {name: np.array(paths[name]) for name in ("teacher", *names)}
     lowest, highest = max(path[0, 0] for path in paths.values()), min(path[:, 0].max() for path in paths.values())
@@ -317,10 +256,11 @@ def observed_steps(steps):
     return np.unique(np.round(np.geomspace(1, steps, 40)).astype(int).tolist() + [0]).tolist()
 
 
-def descend(model, inputs, targets, temperature, lr, steps, batch, order_key, observe):
+def descend(model, inputs, targets, temperature, lr, steps, batch, order_key, observe, done=None):
     """Plain SGD on the mean `soft_loss`; returns [observe(model)] after each of `observed_steps(steps)`.
 
-    Batch 0 takes all points each step; order_key seeds the order. InputError when the weights stop being finite.
+    Batch 0 takes all points each step; order_key seeds the order; done() is called after each step. InputError when the
+    weights stop being finite.
     """
     n = len(inputs)
     batch = min(batch or n, n)
@@ -334,6 +274,8 @@ def descend(model, inputs, targets, temperature, lr, steps, batch, order_key, ob
         loss = soft_loss(model(inputs[index]), targets[index], temperature).mean()
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data.sub_(gradient, alpha=lr)
+        if done:
+            done()
         if step + 1 in observed:
             if not all(torch.isfinite(parameter).all() for parameter in parameters):
                 what = f"the weights became NaN or infinite within {step + 1} steps at learning rate {lr:.3g}"
@@ -363,11 +305,12 @@ def weight_and_accuracy(inputs, labels, model):
 
 
 def self_distil(build, inputs, labels, classes, seed, observe, lr, steps, batch, temperature=1.0, networks=NETWORKS):
-    """Train the networks, the teacher first, on labels [N]; returns ({network: model}, {network: observations}).
+    """Train the networks, the teacher first, on labels [N]: (teacher, {network: observations}, its train accuracy).
 
     build(key) -> model; observe(model) as in `descend`. Networks with the same initialisation also have the same order.
     """
-    models, seen, teacher_logits = {}, {}, None
+    teacher, teacher_logits, seen = None, None, {}
+    bar = tqdm(total=len(networks) * steps, desc=f"training, seed {seed}", unit="step", leave=False, disable=None)
     for name in networks:
         network = NETWORKS[name]
         key = ("fresh" if network.fresh else "teacher", seed)
@@ -377,11 +320,12 @@ def self_distil(build, inputs, labels, classes, seed, observe, lr, steps, batch,
         else:
             smoothing = matched_smoothing(teacher_logits, t) if network.targets == "smoothed" else 0.0
             targets = smoothed(labels, classes, smoothing)
-        model = models[name] = build(key)
-        seen[name] = descend(model, inputs, targets, t, lr, steps, batch, key, observe)
+        model = build(key)
+        seen[name] = descend(model, inputs, targets, t, lr, steps, batch, key, observe, bar.update)
         if name == "teacher":
-            teacher_logits = evaluate(model, inputs)
-    return models, seen
+            teacher, teacher_logits = model, evaluate(model, inputs)
+    bar.close()
+    return teacher, seen, (teacher_logits.argmax(1) == labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- trained classifiers
@@ -390,13 +334,6 @@ def self_distil(build, inputs, labels, classes, seed, observe, lr, steps, batch,
 # paths, and a digits teacher that has begun to fit the wrong labels.
 CLASSIFIERS = {"linear": dict(lr=1.0, steps=400), "mlp": dict(lr=1.0, steps=800), "cnn": dict(lr=0.3, steps=400)}
 NTK = dict(lr=0.1, steps=150)
-
-
-def recipe_of(args, preset):
-    """All that levels 2 and 3 depend on, lr and steps from the preset unless given."""
-    flags = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
-    networks = {name: list(network) for name, network in NETWORKS.items()}
-    return dict(flags, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"], networks=networks)
 
 
 def centred_images(data):
@@ -447,9 +384,8 @@ def classifier_seed(data, arch, recipe, seed):
     buckets = bucket_ends(directions, recipe["buckets"])
     observe = functools.partial(weight_and_accuracy, test, test_labels)
     training = (recipe["lr"] / float(eigenvalues[0]), recipe["steps"], recipe["batch_size"], recipe["temperature"])
-    models, seen = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
-    train_accuracy = accuracy_of(models["teacher"], images, data.y_train)
-    return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=train_accuracy)
+    _, seen, fit = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
+    return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=fit)
 
 
 # ---------------------------------------------------------------- function space
@@ -469,7 +405,7 @@ def empirical_ntk(model, inputs, classes, chunk=50):
 
     gradients = torch.func.vmap(torch.func.grad(logit), (None, 0, None), chunk_size=chunk)
     kernel = torch.zeros(len(inputs), len(inputs), dtype=torch.float64, device=inputs.device)
-    for c in range(classes):
+    for c in tqdm(range(classes), "empirical NTK", unit="class", leave=False, disable=None):
         for part in gradients(parameters, inputs, c).values():
             kernel += part.flatten(1) @ part.flatten(1).T
     return kernel / classes
@@ -518,18 +454,17 @@ def ntk_seed(data, arch, recipe, seed):
     def observe(model):
         return centre(evaluate(model, images)), accuracy_of(model, test, test_labels)
 
-    models, seen = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
+    teacher, seen, fit = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
     target, found = seen["teacher"][-1][0], {}
-    train_accuracy = accuracy_of(models["teacher"], images, data.y_train)
     buckets = bucket_ends(len(images) - 1, recipe["buckets"])  # centring makes the last eigenvalue 0
-    for kernel, model in (("init", build(("teacher", seed))), ("end", models["teacher"])):
+    for kernel, model in (("init", build(("teacher", seed))), ("end", teacher)):
         gram = empirical_ntk(model, images, data.classes)
         gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
         vectors = torch.linalg.eigh(gram)[1].flip(1)
         paths = {}
         for name, path in seen.items():
             paths[name] = [[*share_fitted(logits, target, vectors, buckets), accuracy] for logits, accuracy in path]
-        found[kernel] = dict(buckets=buckets, paths=paths, train_accuracy=train_accuracy)
+        found[kernel] = dict(buckets=buckets, paths=paths, train_accuracy=fit)
     return found
 
 
@@ -542,28 +477,9 @@ def claim_over_seeds(text, expected, values, note=""):
     return claims.claim(text, expected, *claims.mean_interval(values), float(threshold), sign == ">", note)
 
 
-def linear_claims(results, spectra):
-    """Claims of level 1; spectra: {name: eigenvalues}, for which the theorem is checked."""
-    rows = []
-    for name, eigenvalues in spectra.items():
-        cases, violations, ratio = theorem(eigenvalues)
-        text = f"linear, {name}: pairs and times that contradict Theorem 4.1"
-        note = f"of {cases}; largest ratio student/teacher {ratio:.6f}"
-        rows.append(claims.claim(text, "0", *[violations] * 3, 0.5, above=False, note=note))
-    text = "linear: −log10 of the largest difference of a weight, simulation against closed form"
-    digits = -math.log10(max(1e-17, *(result["gd_error"] for result in results)))
-    rows.append(claims.claim(text, "> 9", *[digits] * 3, 9))
-
-    def largest_error(result):
-        errors = []
-        for signal, risks in result["simulated"].items():
-            for name, risk in risks.items():
-                errors.append(np.abs(np.divide(risk, result["exact"][signal][name]) - 1).max())
-        return max(errors)
-
-    text = "linear: largest relative error of the bias-variance formulas against simulation"
-    rows.append(claim_over_seeds(text, "< 0.1", [largest_error(result) for result in results], "400 draws"))
-    best = "each at its own best time"
+def linear_claims(results):
+    """Claims of level 1: when the bias helps, and when it hurts."""
+    rows, best = [], "each at its own best time"
     for first, second, signal, noise, expected, note in (
         ("student", "teacher", "top", 4.0, "< 0", ""),
         ("student", "teacher", "low", 0.25, "> 0", ""),
@@ -580,25 +496,28 @@ def linear_claims(results, spectra):
     return rows
 
 
+BELOW = "the student's lower/top progress is below its teacher's at T = 1"
+
+
 def matched_claims(prefix, seeds, helps="> 0", temperature=1.0):
-    """Claims of an architecture, kernel or example, from its result for each seed."""
+    """Claims of an architecture, kernel or example, from its result for each seed; the first one says `BELOW`."""
     alone = [compare(seed["paths"], "student") for seed in seeds]
     ratios = np.array([found["ratio"]["student"] for found in alone])  # [seeds, buckets - 1]
     matched = "top-bucket progress matched up to {:.2f}"
-    text = "lower over top progress, student"
     note = matched.format(np.mean([found["levels"][-1] for found in alone]))
-    table = [(f"{text} against teacher", "< 1", ratios.mean(1), note)]
+    table = [(BELOW, "< 1", ratios.mean(1), note)]
+    text = "lower over top progress, student"
     for against, *pair in (
-        ("minus smoothed control", "student", "smoothed"),
-        (f"minus smoothed control, both at T = {temperature:g}", "student T", "smoothed T"),
-        ("minus one-hot network, both from a fresh start", "student fresh", "one-hot fresh"),
+        ("smoothed control", "student", "smoothed"),
+        (f"smoothed control, both at T = {temperature:g}", "student T", "smoothed T"),
+        ("one-hot network, both from a fresh start", "student fresh", "one-hot fresh"),
     ):
         if pair[0] in seeds[0]["paths"]:
             found = [compare(seed["paths"], *pair) for seed in seeds]
             student, control = np.array([[one["ratio"][name].mean() for name in pair] for one in found]).T
             reach = matched.format(np.mean([one["levels"][-1] for one in found]))
             note = f"{student.mean():.3f} and {control.mean():.3f} against teacher, {reach}"
-            table.append((f"{text} {against}", "< 0", student - control, note))
+            table.append((f"{text} minus {against}", "< 0", student - control, note))
     if ratios.shape[1] > 1:
         table.append((f"{text} against teacher, lowest bucket alone", "< 1", ratios[:, -1], ""))
 
@@ -611,112 +530,126 @@ def matched_claims(prefix, seeds, helps="> 0", temperature=1.0):
     return [claim_over_seeds(f"{prefix}: {text}", *row) for text, *row in table]
 
 
+def probe_headline(row, seeds):
+    """The first of `matched_claims` of the linear probe as a headline, its control the smoothed network."""
+    ratios = [compare(seed["paths"], "smoothed")["ratio"]["smoothed"].mean() for seed in seeds]
+    control = dict(zip(("value", "low", "high"), claims.mean_interval(ratios), strict=True))
+    return claims.headline(dict(row, note=f"{row['note']}; control: the smoothed network"), "§4", control)
+
+
+def networks_claim(rows):
+    """[the joint headline] of all networks, kernels included, among `rows` of `matched_claims`; [] where none is."""
+    verdicts = {}
+    for row in rows:
+        name, _, text = row["claim"].partition(": ")
+        if text == BELOW and not name.startswith("example") and not name.endswith(NAMES["linear"]):
+            verdicts[name.partition(", ")[2]] = row["verdict"]
+    return [claims.headline(claims.joint_claim(f"all networks: {BELOW}", verdicts), "§4")] if verdicts else []
+
+
 # ---------------------------------------------------------------- figures
 
+NAMES = dict(linear="linear probe", mlp="MLP", cnn="CNN", init="NTK at initialisation", end="NTK at the teacher's end")
+COLOURS = claims.COLOURS
 STYLES = {
-    "teacher": dict(color="black"),
-    "student": dict(color="crimson"),
-    "smoothed": dict(color="steelblue"),
-    "student T": dict(color="lightcoral", ls="--"),
-    "smoothed T": dict(color="lightskyblue", ls="--"),
-    "student fresh": dict(color="crimson", ls=":"),
-    "one-hot fresh": dict(color="black", ls=":"),
+    "teacher": dict(color=COLOURS["teacher"]),
+    "student": dict(color=COLOURS["kd"]),
+    "smoothed": dict(color=COLOURS["smoothed"]),
+    "student T": dict(color=COLOURS["kd"], ls="--"),
+    "smoothed T": dict(color=COLOURS["smoothed"], ls="--"),
+    "student fresh": dict(color=COLOURS["kd"], ls=":"),
+    "one-hot fresh": dict(color=COLOURS["onehot"], ls=":"),
 }
 
 
-def plot_paths(axis, results, x, y, **style):
-    """Column y of paths over column x: the seeds thin, their mean in front. results: one path [S, K] for each seed."""
-    paths = np.array(results)
-    axis.plot(paths[:, :, x].T, paths[:, :, y].T, color=style["color"], lw=0.4, alpha=0.4)
-    axis.plot(*paths.mean(0)[:, [x, y]].T, **style)
-
-
-def plot_matched(results, folder, name, title, temperature):
-    """Rows: architectures or kernels. Columns: each lower bucket over the top one; ratio at equal top progress."""
-    columns = max(len(seeds[0]["buckets"]) for seeds in results.values()) + 1
-    size = (3.2 * columns, 3 * len(results) + 0.6)
-    figure, axes = claims.pyplot().subplots(len(results), columns, figsize=size, squeeze=False, layout="constrained")
-    starts = {"the teacher's start": False, "a fresh start": True}
-    for line, (what, seeds) in zip(axes, results.items(), strict=True):
-        names = [f"progress, directions {start + 1}–{end}" for start, end in seeds[0]["buckets"]]
-        for b, axis in enumerate(line[: len(names) - 1], start=1):
-            for network in NETWORKS:
-                if not NETWORKS[network].fresh:
-                    plot_paths(axis, [seed["paths"][network] for seed in seeds], 0, b, **STYLES[network])
-            axis.set(xlabel=names[0], ylabel=names[b], title=what)
-        for axis in line[len(names) - 1 : -2]:  # another row has more buckets
-            axis.set_axis_off()
-        for axis, (start, fresh) in zip(line[-2:], starts.items(), strict=True):
-            names = [name for name in NETWORKS if name != "teacher" and NETWORKS[name].fresh == fresh]
-            plot_ratio(axis, seeds, names)
-            axis.set(title=f"{what}, from {start}")
-    lines = [axes[0, 0].plot([], [], **style)[0] for style in STYLES.values()]
-    labels = [network.replace(" T", f", T = {temperature:g}") for network in STYLES]
-    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(title)
-    claims.save_figure(figure, folder, name)
+def plot_paths(axis, seeds, x, y, networks, scale=1, first=0):
+    """Column y of the networks' paths over column x from observation `first` on: seeds thin, their mean in front."""
+    for network in networks:
+        paths = np.array([seed["paths"][network] for seed in seeds])[:, first:]
+        axis.plot(paths[:, :, x].T, scale * paths[:, :, y].T, color=STYLES[network]["color"], lw=0.4, alpha=0.4)
+        axis.plot(paths.mean(0)[:, x], scale * paths.mean(0)[:, y], **STYLES[network])
 
 
 def plot_ratio(axis, seeds, networks):
-    """Lower progress over the teacher's at each level of top progress: mean over lower buckets, band over seeds."""
+    """Lower progress over the teacher's at each level of top progress, mean over lower buckets; bands over seeds."""
     for network in networks:
         found = [compare(seed["paths"], network) for seed in seeds]
         levels = np.mean([one["levels"] for one in found], axis=0)
         curves = np.array([one["curves"][network].mean(1) for one in found])
         mean, low, high = np.array([claims.mean_interval(values) for values in curves.T]).T
-        axis.plot(levels, mean, **STYLES[network], label=network)
+        axis.plot(levels, curves.T, color=STYLES[network]["color"], lw=0.4, alpha=0.4)
+        axis.plot(levels, mean, **STYLES[network])
         axis.fill_between(levels, low, high, color=STYLES[network]["color"], alpha=0.15, lw=0)
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set(xlabel="equal top-bucket progress", ylabel="lower progress over teacher's")
+    axis.axhline(1, color=COLOURS["teacher"], lw=0.8)
+    axis.set(xlabel="equal top progress")
 
 
-def plot_linear(results, spectra, folder):
-    """Level 1: the theorem for two spectra; risk against noise; the constructed examples."""
-    figure, axes = claims.pyplot().subplots(2, 4, figsize=(17, 9), layout="constrained")
-    plot_theorem(axes[0, :2], spectra)
-    plot_risks(axes[0, 2:], results)
-    plot_examples(axes[1], results)
-    for axis in axes.flat:
-        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+def plot_matched(results, folder, name, title, temperature):
+    """Rows: architectures or kernels. Columns: paths in the lowest bucket; ratios at T = 1, at --temperature, fresh."""
+    figure, axes = claims.pyplot().subplots(len(results), 4, figsize=(9.5, 2.2 * len(results) + 1.1), squeeze=False)
+    columns = {
+        "T = 1": ("student", "smoothed"),
+        f"T = {temperature:g}": ("student T", "smoothed T"),
+        "fresh starts, T = 1": ("student fresh", "one-hot fresh"),
+    }
+    for line, (what, seeds) in zip(axes, results.items(), strict=True):
+        top, *_, low = (f"directions {start + 1}–{end}" for start, end in seeds[0]["buckets"])
+        plot_paths(line[0], seeds, 0, -2, ("teacher", "student", "smoothed"))
+        line[0].set(xlabel=f"progress, {top}", ylabel=f"{NAMES.get(what, what)}\nprogress, {low}")
+        for axis, networks in zip(line[1:], columns.values(), strict=True):
+            plot_ratio(axis, seeds, networks)
+        line[1].set(ylabel="ratio of lower progress")
+    for axis, column in zip(axes[0], ("lowest bucket, T = 1", *columns), strict=True):
+        axis.set(title=column)
+    for network, style in STYLES.items():
+        axes[0, 0].plot([], [], label=network.replace(" T", f", T = {temperature:g}"), **style)
+    claims.legend_below(figure, axes[0, 0])
+    figure.suptitle(
+        f"{title}\nratio: progress in the lower buckets over the teacher's at equal progress in the top one"
+    )
+    claims.save_figure(figure, folder, name)
+
+
+def plot_linear(results, folder):
+    """Level 1: the theorem until the teacher stops at 3/λ1; risk against noise; the constructed examples."""
+    figure, axes = claims.pyplot().subplots(2, 3, figsize=(9.5, 6.2))
+    share, stop = np.linspace(0.001, 0.999, 300), flow_filter(1, 3)
+    for k in (1, 7):
+        teacher, student = equal_progress(POWER_LAW[0], POWER_LAW[k], 3 / POWER_LAW[0], share)
+        axes[0, 0].plot(share * stop, teacher, **STYLES["teacher"])
+        axes[0, 0].plot(share * stop, student, **STYLES["student"])
+        axes[0, 0].text(stop, teacher[-1], f"λ{k + 1} = {POWER_LAW[k]:.2f} λ1   ", ha="right", va="center")
+    axes[0, 0].set(xlabel="progress along λ1", ylabel="progress along λk", title="Theorem 4.1, least squares")
+    plot_risks(axes[0, 1:], results)
+    for axis, name in zip(axes[1], EXAMPLES, strict=True):
+        seeds = [result["examples"][name] for result in results]
+        plot_paths(axis, seeds, 0, 2, ("teacher", "student", "smoothed"), scale=100, first=1)
+        axis.set(xlabel="progress along the top direction", title=f"example: {name}")
+    axes[1, 0].set(ylabel="test accuracy (%)")
+    axes[0, 1].plot([], [], **STYLES["smoothed"], label="smoothed")
+    claims.legend_below(figure, axes[0, 1])
     claims.save_figure(figure, folder, "linear")
 
 
-def plot_theorem(axes, spectra):
-    share = np.linspace(0.001, 0.999, 300)
-    for axis, (name, values) in zip(axes, spectra.items(), strict=True):
-        for colour, k in enumerate((1, len(values) // 4, len(values) // 2)):
-            teacher, student = equal_progress(values[0], values[k], 3 / values[0], share)
-            label = f"λ{k + 1}/λ1 = {values[k] / values[0]:.3f}"
-            axis.plot(share * flow_filter(1, 3), teacher, color=f"C{colour}", label=label)
-            axis.plot(share * flow_filter(1, 3), student, color=f"C{colour}", ls="--")
-        axis.set(xlabel="progress along λ1", ylabel="progress along the lower eigenvalue")
-        axis.set_title(f"{name}: teacher (line), student (dashed)")
-
-
 def plot_risks(axes, results):
-    styles = dict(STYLES) | {"best early stop": dict(color="C0"), "best student": dict(color="darkorange", ls="--")}
+    """Excess risk against the noise; points: means over simulated draws."""
+    ticks = dict(top=(0.03, 0.1, 0.3, 1), low=(0.7, 1, 1.5, 2))
+    best = {"best early stop": dict(color=COLOURS["other"]), "best student": dict(color=COLOURS["more"], ls="--")}
     for axis, signal in zip(axes, ("top", "low"), strict=True):
-        for name in results[0]["exact"][signal]:
-            risks = np.mean([result["exact"][signal][name] for result in results], axis=0)
-            axis.plot(NOISES, risks, **styles[name], label=name)
-        for name in results[0]["simulated"][signal]:
-            risks = np.mean([result["simulated"][signal][name] for result in results], axis=0)
-            axis.plot(NOISES, risks, "o", **styles[name], label=f"{name}, simulated")
-        axis.set(xscale="log", yscale="log", xlabel="standard deviation of the noise", ylabel="excess risk")
-        axis.set_title(f"signal in {signal} directions")
-        axis.set_xticks(NOISES, [f"{noise:g}" for noise in NOISES])
+        for name, style in {**STYLES, **best}.items():
+            if name in results[0]["exact"][signal]:
+                risks = np.array([result["exact"][signal][name] for result in results])
+                axis.plot(NOISES, risks.T, color=style["color"], lw=0.4, alpha=0.4)
+                axis.plot(NOISES, risks.mean(0), **style, label=name)
+            if name in results[0]["simulated"][signal]:
+                risks = np.mean([result["simulated"][signal][name] for result in results], axis=0)
+                axis.plot(NOISES, risks, "o", ms=4, **style, label=f"{name}, simulated")
+        axis.set(xscale="log", yscale="log", xlabel="standard deviation of the noise")
+        axis.set_title(f"risk, signal in {signal} directions")
+        axis.set_xticks(NOISES, NOISES)
+        axis.set_yticks(ticks[signal], ticks[signal])
         axis.minorticks_off()
-
-
-def plot_examples(axes, results):
-    for axis, name in zip(axes, EXAMPLES, strict=False):
-        seeds = [result["examples"][name] for result in results]
-        for network in seeds[0]["paths"]:
-            plot_paths(axis, [seed["paths"][network][1:] for seed in seeds], 0, 2, **STYLES[network], label=network)
-        axis.set(xlabel="progress along the top direction", ylabel="test accuracy", title=name)
-    first = next(iter(EXAMPLES))
-    plot_ratio(axes[-1], [result["examples"][first] for result in results], ["student", "smoothed"])
-    axes[-1].set(title=first)
+    axes[0].set(ylabel="excess risk")
 
 
 # ---------------------------------------------------------------- files, flags
@@ -727,16 +660,17 @@ def kept_file(args, name, seed):
 
 
 def parts_of(level, data, args):
-    """{name in seeds/: (function of a seed, what else its result depends on)}."""
+    """{name in seeds/: (function of a seed, what its result depends on)}."""
     if level == "linear":
-        return {level: (functools.partial(linear_seed, data), dict(examples=EXAMPLES))}
-    if level == "ntk":
-        recipe = recipe_of(args, NTK)
-        return {f"ntk-{args.ntk_arch}": (functools.partial(ntk_seed, data, args.ntk_arch, recipe), recipe)}
+        return {level: (linear_seed, dict(examples=EXAMPLES))}
+    settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
+    settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
+    compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
     parts = {}
-    for arch in args.archs:
-        recipe = recipe_of(args, CLASSIFIERS.get(arch, CLASSIFIERS["cnn"]))
-        parts[f"classifiers-{arch}"] = functools.partial(classifier_seed, data, arch, recipe), recipe
+    for arch in archs:
+        preset = NTK if level == "ntk" else CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
+        recipe = dict(settings, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
+        parts[f"{level}-{arch}"] = functools.partial(compute, data, arch, recipe), recipe
     return parts
 
 
@@ -744,10 +678,9 @@ def results_of(level, data, args, seeds):
     """{row of the figure: [result of each seed]}: architectures, kernels, or the linear level itself."""
     results = {}
     for name, (compute, settings) in parts_of(level, data, args).items():
-        settings, found = dict(settings, data=data.facts), []
+        found = results[name.removeprefix("classifiers-")] = []
         for seed in seeds:
             found.append(runs.kept_result(kept_file(args, name, seed), settings, functools.partial(compute, seed)))
-        results[name.removeprefix("classifiers-")] = found
     if level == "ntk":
         return {kernel: [result[kernel] for result in found] for kernel in ("init", "end")}
     return results
@@ -761,7 +694,7 @@ def kept_claims(path):
 
 def load_images(args, levels):
     """{level: its Data}, checked against the flags: what cannot work is refused before anything is computed or lost."""
-    images = {}
+    images = {"linear": None}  # its examples are made here
     if "ntk" in levels:
         flags = common.only_flags(args, common.add_data_flags, common.add_device_flag, subset=args.points)
         try:
@@ -775,9 +708,8 @@ def load_images(args, levels):
         if needed > args.memory_gb:
             what = f"the empirical NTK of {args.points} points and {parameters:,} parameters needs {needed:.1f} GiB"
             raise InputError(f"{what}: lower --points or --width, or allow it with --memory-gb {math.ceil(needed)}")
-    if levels != ("ntk",):
-        images["linear"] = images["classifiers"] = common.data_from(args)
     if "classifiers" in levels:
+        images["classifiers"] = common.data_from(args)
         for arch in args.archs:
             first_layer(build_classifier(arch, images["classifiers"], args.width, 0))
     return images
@@ -785,43 +717,49 @@ def load_images(args, levels):
 
 def draw(level, results, data, args):
     """Write the level's figure, and its JSON with the claims."""
-    name, seeds = data.facts["name"], f"{len(args.seeds)} seed{'s' if len(args.seeds) > 1 else ''}"
     if level == "linear":
-        spectra = {"power law": POWER_LAW, name: np.array(results[level][0]["spectrum"])}
-        rows = linear_claims(results[level], spectra)
-        plot_linear(results[level], spectra, args.out)
+        rows = linear_claims(results[level])
+        plot_linear(results[level], args.out)
     else:
-        prefix, title = name, f"First-layer weights in the eigenspace of their input, {name}"
-        if level == "ntk":
-            prefix = f"{name}, NTK of {args.ntk_arch}"
-            title = f"Logits in the eigenspace of the empirical NTK, {name}, {args.points} points"
-        rows = []
+        name, rows = data.facts["name"], []
         for what, of_seeds in results.items():
-            rows += matched_claims(f"{prefix}, {what}", of_seeds, temperature=args.temperature)
-        plot_matched(results, args.out, level, f"{title}, {seeds}; T = 1 unless marked", args.temperature)
-    kept = dict(data=data.facts, seeds=args.seeds, claims=rows, results=results)
+            prefix = f"{name}, {f'{args.ntk_arch}, ' * (level == 'ntk')}{NAMES.get(what, what)}"
+            first, *others = matched_claims(prefix, of_seeds, temperature=args.temperature)
+            rows += [probe_headline(first, of_seeds) if what == "linear" else first, *others]
+        title = f"First-layer weights in the eigenspace of their input, {name}"
+        if level == "ntk":
+            title = f"Logits of {args.ntk_arch} in the eigenspace of its empirical NTK, {name}, {args.points} points"
+        seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+        plot_matched(results, args.out, level, f"{title}, {seeds}", args.temperature)
+    kept = dict(data=data and data.facts, seeds=args.seeds, claims=rows, results=results)
     runs.write_json(Path(args.out) / f"{level}.json", kept)
 
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_data_flags(parser)
-    add = parser.add_argument_group("eigenspace").add_argument
-    add("--level", choices=(*LEVELS, "all"), default="all", help="which of the three levels")
+    group = parser.add_argument_group("eigenspace")
+
+    def add(flag, default, text, **more):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default or "by architecture"
+        group.add_argument(flag, default=default, help=f"{text} (default: {shown})", **more)
+
+    add("--level", "all", "which of the three levels", choices=(*LEVELS, "all"))
     archs = f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>"
-    add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
-    add("--ntk-arch", default="resnet8", help="ntk: the network")
-    add("--points", type=number(int, 20), default=500, help="ntk: training images, class-balanced")
-    add("--memory-gb", type=number(float, 0, open_low=True), default=8.0, help="ntk: refuse larger kernels, in GiB")
-    add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the channels of the models")
-    add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
-    add("--steps", type=number(int, 2), help="steps of the teacher (default: CLASSIFIERS and NTK in the source)")
-    add("--lr", type=number(float, 0, 1e30, open_low=True), help="learning rate; classifiers: in units of 1/λ1")
-    add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
-    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="of the networks not at T = 1")
-    add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="what the intervals are over")
-    add("--out", default="results/eigenspace", help="folder; finished seeds in it are not repeated")
-    add("--overwrite", action="store_true", help="repeat finished seeds")
+    add("--archs", list(CLASSIFIERS), archs, nargs="+")
+    add("--ntk-arch", "resnet8", "ntk: the network")
+    add("--points", 500, "ntk: training images, class-balanced", type=number(int, 20))
+    add("--memory-gb", 8.0, "ntk: refuse larger kernels, in GiB", type=number(float, 0, open_low=True))
+    add("--width", 0.5, "multiplies the channels of the models", type=number(float, 0, 64, open_low=True))
+    add("--buckets", 4, "eigen-buckets", type=number(int, 2, 100))
+    add("--steps", None, "steps of the teacher", type=number(int, 2))
+    lr = "learning rate; classifiers: in units of 1/λ1"
+    add("--lr", None, lr, type=number(float, 0, 1e30, open_low=True))
+    add("--batch-size", 250, "images per step, 0 for all", type=number(int, 0))
+    add("--temperature", 4.0, "of the networks not at T = 1", type=number(float, 0, 1e6, open_low=True))
+    add("--seeds", [0, 1, 2, 3, 4], "what the intervals are over", type=number(int, 0), nargs="+")
+    add("--out", "results/eigenspace", "folder; finished seeds in it are not repeated")
+    group.add_argument("--overwrite", action="store_true", help="repeat finished seeds")
     common.add_process_flags(parser)
     common.add_device_flag(parser)
     args = parser.parse_args(argv)
@@ -845,8 +783,10 @@ def main(argv=None):
         return  # a figure needs all seeds: without --shard the command finds what its shards have kept
     for level in levels:
         draw(level, results[level], images[level], args)
-    # The table covers every level in --out, also those of an earlier command.
-    claims.save_claims(args.out, [row for table in tables for row in kept_claims(table)])
+    rows = []
+    for table in tables:
+        rows += kept_claims(table)  # of every level in --out, also those of an earlier command
+    claims.save_claims(args.out, rows + networks_claim(rows))
 
 
 if __name__ == "__main__":

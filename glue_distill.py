@@ -8,7 +8,7 @@
 A model from scratch (tiny, mini, … or LAYERSxHIDDEN) first learns the task's sentences by masked-language modelling,
 once per size and seed: teacher and self-distilled student continue the same weights, as in the paper, with their own
 heads, orders and dropout. Teacher logits come from its logits.npz: text is not augmented, so they are exact. Writes
-into --results, for each student: fig1a, deviation.json, claims, and switch/ with fig1b; for all glue.json and glue.md.
+into --results, for each student: fig1a, statistics, claims, and switch/ with fig1b; for all glue.json and glue.md.
 Departures from the paper: sentence order is by length within pools of 50 batches; the switch is abrupt; GLUE's dev set
 is the test set (its labels are public).
 """
@@ -539,7 +539,12 @@ def run_flags(args, model, lr, epochs):
     return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept)
 
 
-def train_texts(run, network, tokens, flags, key, loss_of, evaluate=dict, weights_at=engine.one_hot, **more):
+def no_test(at_end):
+    """What `engine.train` is given where nothing is evaluated on the way: pretraining."""
+    return {}
+
+
+def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, weights_at=engine.one_hot, **more):
     """Train `network` with AdamW on `tokens` in the run folder `run`; orders and dropout follow `key`.
 
     loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
@@ -793,10 +798,10 @@ def glue_claims(rows, data):
 def report(folder, student, named, args):
     """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with claims, into `folder`."""
     onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
-    title = f"{args.task}, {args.teacher} → {student}, {len(args.seeds)} seed(s)"
-    words = ["--teacher", *teachers, "--student", *kd, "--control", *onehot]
-    words += ["--bootstrap", args.bootstrap, "--title", title, "--out", folder]
-    analyze_deviation.main([str(word) for word in words])
+    title = f"{args.task}, {args.teacher} → {student}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+    points = analyze_deviation.points_from_runs(teachers, kd, onehot)
+    section = "language" if student == args.student[0] else None  # one headline for a task
+    analyze_deviation.report(points, folder, title, args.bootstrap, section, quiet=args.quiet, full=False)
     directions = [mode for mode in args.mode if mode in SWITCHES]
     if not directions:
         return
@@ -809,13 +814,12 @@ def report(folder, student, named, args):
             folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
     given, folder = dict(zip(args.seeds, teachers, strict=True)), folder / "switch"
     folder.mkdir(exist_ok=True)
-    rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap)
+    rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap, args.quiet)
     runs.write_json(folder / "switch.json", dict(rows=rows))
     runs.write_text(folder / "switch.md", switch_distill.table_markdown(rows))
-    print(switch_distill.table_markdown(rows))
     over = claims.scope(len(args.seeds), len(set(teachers)))
-    claims.save_claims(folder, switch_distill.switch_claims(rows), over)
-    switch_distill.plot_switches(rows, folder, title)
+    claims.save_claims(folder, switch_distill.switch_claims(rows, section=None), over, full=False)
+    switch_distill.plot_switches(rows, folder, f"{title}\n95% intervals {over}")
     switch_distill.plot_curves(folders, trunks, args.seeds, folder, title)
 
 
@@ -828,25 +832,29 @@ def parse(argv):
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
     add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
-    add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
+    add("--subset", type=number(int, 0), default=0, help="train on that many texts (default: 0, all)")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
-    add("--max-length", type=number(int, 8, 100_000), default=128, help="texts are truncated to that many tokens")
+    add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most (default: 128)")
     add = parser.add_argument_group("networks and losses").add_argument
-    add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
+    known = f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN (default: tiny)"
+    add("--teacher", default="tiny", help=known)
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
-    add("--mode", nargs="+", choices=MODES, default=MODES, help="how students are trained")
-    add("--switch-at", type=open_share, nargs="+", default=[0.5], help="shares of training before the switch")
-    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
-    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    temperature = number(float, 0, 1e6, open_low=True)
-    add("--temperature", type=temperature, default=2.0, help="softens teacher and student in the distillation term")
+    how = f"how students are trained, of {', '.join(MODES)} (default: all)"
+    add("--mode", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=how)
+    shares = "shares of training before the switch (default: 0.5)"
+    add("--switch-at", type=open_share, nargs="+", default=[0.5], metavar="S", help=shares)
+    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term (default: 1)")
+    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it (default: 0)")
+    softens = "softens teacher and student in the distillation term (default: 2)"
+    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
     add = parser.add_argument_group("training").add_argument
-    add("--mlm-epochs", type=number(int, 0), default=8, help="epochs of masked-language modelling, from scratch alone")
+    masked = "epochs of masked-language modelling before, from scratch alone (default: 8)"
+    add("--mlm-epochs", type=number(int, 0), default=8, help=masked)
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
-    add("--batch-size", type=number(int, 1), default=32, help="texts per step")
+    add("--batch-size", type=number(int, 1), default=32, help="texts per step (default: 32)")
     peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
     add("--lr", type=positive, help=peak)
-    warmup = "share of training with linear warm-up; then linear decay to 0"
+    warmup = "share of training with linear warm-up; then linear decay to 0 (default: 0.06)"
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help=warmup)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
     add = parser.add_argument_group("run").add_argument
@@ -854,7 +862,8 @@ def parse(argv):
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, help="bootstrap draws behind each interval")
+    draws = "bootstrap draws behind each interval (default: 1000)"
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help=draws)
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     common.add_device_flag(parser)
     common.add_process_flags(parser)

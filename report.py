@@ -1,4 +1,4 @@
-"""One page about everything in results/ and runs/: claims, figures with their commands, runs beside the paper.
+"""One page about everything in results/ and runs/: the headline claims, figures with their commands, all claims, runs.
 
     make report                                          # writes results/index.html
     python report.py --runs runs more/runs --results results more/results --out results/all
@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,15 +23,16 @@ import engine
 import runs
 from switch_distill import ARROWS
 
-# Stem of a figure's file, in the order of the page, and its caption.
+# Stem of a figure's file, in the order of the page, and its caption. A folder's first figure shows its headlines.
 FIGURES = {
-    "fig1a": "Figure 1a: the student's probability (φ) of the class that the teacher predicts, over the teacher's.",
+    "fig1a": "Figure 1a: the student's probability (φ) of the class that the teacher predicts, over the teacher's; "
+    "colour is the log number of points.",
     "fig1b": "Figure 1b: test accuracy of students whose loss changes after a share s of training.",
     "fig1b_curves": "Figure 1b: test accuracy of the same students over training.",
-    "pays": "When does it pay to disobey? Students of teachers stopped on the way.",
-    "linear": "§4, least squares: progress along eigendirections, bias and variance, and where bias helps or hurts.",
+    "pays": "When does it pay to disobey? Students of teachers that were stopped on the way.",
     "classifiers": "§4, classifiers: progress of first-layer weights along lower eigen-buckets against the top one's.",
     "ntk": "§4, empirical NTK: progress of logits along lower eigen-buckets of the kernel against the top one's.",
+    "linear": "§4, least squares: progress along eigendirections, bias and variance, and where bias helps or hurts.",
     "denoise": "§5: noise scale, alignment and decrease of the held-out loss of one-hot, KD and smoothed labels.",
 }
 # (data, network, whether labels are noisy): the paper's test accuracy in percent, trained on labels and distilled from
@@ -70,7 +70,6 @@ def read_run(folder):
         accuracy = runs.last_metrics(folder)["test_acc"]
     lines = runs.read_metrics(folder)
     run = SimpleNamespace(path=folder, facts=facts, accuracy=accuracy)
-    run.seconds = {json.dumps(line): line["seconds"] for line in lines}
     run.hardware = f"{config['versions']['hardware']}, torch {config['versions']['torch']}"
     run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
     run.kind, run.text = kind_of(config, lines[-1]["step"])
@@ -130,13 +129,14 @@ def find_teachers(trained, skipped):
 
 
 def page_order(file):
-    """Sort key of files in results: as FIGURES are ordered, each folder where its first figure is."""
+    """Sort key of files in results: folders of one setting together, each where FIGURES has its first figure."""
 
     def place(stem):
         return list(FIGURES).index(stem) if stem in FIGURES else len(FIGURES)
 
     stems = [figure.stem for figure in file.parent.glob("*.png")]
-    return min(map(place, stems), default=len(FIGURES)), file.parent, place(file.stem), file
+    first = min(map(place, stems), default=len(FIGURES))
+    return file.parent.parent, first, file.parent, place(file.stem), file
 
 
 def read_claims(file):
@@ -149,20 +149,25 @@ def read_claims(file):
         row["ours"] = in_words(row["measured"], row["low"], row["high"])
         if row["low"] == row["measured"] == row["high"]:  # counted or proved, not measured
             row["ours"] = claims.decimal(row["measured"]).rstrip("0").rstrip(".")
-    verdicts = Counter(row["verdict"] for row in rows)
-    return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=verdicts)
+    return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=claims.verdicts_in_words(rows))
+
+
+def webp(picture, side):
+    """A picture of at most `side` pixels as the text of a URL; that it is WebP keeps the page small."""
+    content, picture = io.BytesIO(), picture.copy()
+    picture.thumbnail((side, side))
+    picture.save(content, "WEBP", quality=70, method=6)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def read_figure(file):
-    """A figure: caption, picture, and the command that made it (empty when not recorded)."""
+    """A figure: caption, picture, thumbnail, and the command that made it (empty when not recorded)."""
     image = Image.open(file)
-    content = io.BytesIO()
     picture = image.convert("RGBA")
-    picture.thumbnail((1600, 1600))  # this and WebP keep the page of `make reproduce` below 2 MB
-    picture.save(content, "WEBP", quality=80)
-    source = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
-    caption, command = FIGURES.get(file.stem, file.stem), str(image.info.get("Command", ""))
-    return SimpleNamespace(folder=file.parent, caption=caption, command=command, source=source)
+    figure = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
+    figure.command = str(image.info.get("Command", ""))
+    figure.source, figure.thumbnail = webp(picture, 1600), webp(picture, 200)
+    return figure
 
 
 # ---------------------------------------------------------------- tables
@@ -173,15 +178,25 @@ def in_words(value, low, high, scale=1.0, digits=3):
     return claims.cell(dict(value=value, low=low, high=high), scale, digits).replace(" [?, ?]", ", no interval")
 
 
-def time_of(group):
-    """The time of training as text. A switched run carries the epochs of the run it began as, and each counts once."""
-    epochs = {}
-    for run in group:
-        epochs.update(run.seconds)
-    seconds = sum(epochs.values())
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def parts_of(figures, tables):
+    """A part of the page for each folder of results: its figures, numbered over the page, and claims table or None."""
+    parts = []
+    for number, figure in enumerate(figures, 1):
+        figure.number = number
+    for folder in dict.fromkeys(found.folder for found in (*figures, *tables)):
+        of_folder = [figure for figure in figures if figure.folder == folder]
+        table = next((table for table in tables if table.folder == folder), None)
+        parts.append(SimpleNamespace(folder=folder, figures=of_folder, table=table))
+    return parts
+
+
+def headlines(parts):
+    """The headline rows of all `parts` in the paper's order, each with its folder and the `figure` that shows it."""
+    rows = []
+    for part in parts:
+        for row in part.table.rows if part.table else ():
+            rows.append(dict(row, folder=part.folder, figure=part.figures[0] if part.figures else None))
+    return claims.headlines(rows)
 
 
 def run_tables(trained):
@@ -196,7 +211,7 @@ def run_tables(trained):
             groups.setdefault(key, []).append(run)
     for (data, *_), group in sorted(groups.items()):
         run = group[0]
-        row = dict(plan=run.plan, seeds=len(group), time=time_of(group), paper=papers_accuracy(run))
+        row = dict(plan=run.plan, seeds=len(group), paper=papers_accuracy(run))
         row["name"] = run.name if len(group) > 1 else run.path
         row["what"] = f"{run.text}, {run.teacher and run.teacher + ' → '}{run.network}"
         row["ours"] = in_words(*claims.mean_interval([run.accuracy for run in group]), 100, 2)
@@ -213,20 +228,13 @@ def papers_accuracy(run):
     return "–"
 
 
-def hardware_lines(trained):
-    """What ran where, and how long: a line for each machine."""
-    groups = {}
-    for run in trained:
-        groups.setdefault(run.hardware, []).append(run)
-    return [f"{name}: {len(group)} runs, {time_of(group)}" for name, group in sorted(groups.items())]
-
-
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
-    add("--runs", nargs="+", type=Path, default=[Path("runs")], help="folders in which run folders lie")
-    add("--results", nargs="+", type=Path, default=[Path("results")], help="folders in which figures and claims lie")
-    add("--out", type=Path, default=Path("results"), help="folder for index.html")
+    add("--runs", nargs="+", type=Path, default=[Path("runs")], help="where run folders lie (default: runs)")
+    where = "where figures and claims lie (default: results)"
+    add("--results", nargs="+", type=Path, default=[Path("results")], help=where)
+    add("--out", type=Path, default=Path("results"), help="folder for index.html (default: results)")
     args = parser.parse_args(argv)
     for folder in (*args.runs, *args.results):
         if not folder.is_dir() and folder not in (Path("runs"), Path("results")):
@@ -243,12 +251,12 @@ def main(argv=None):
 
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
     layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    parts = parts_of(figures, tables)
     page = layout.get_template("report.html.jinja").render(
-        claims=tables,
-        verdicts=sum((table.verdicts for table in tables), Counter()),
-        figures=figures,
+        headlines=headlines(parts),
+        parts=parts,
         tables=run_tables(trained),
-        hardware=hardware_lines(trained),
+        hardware=sorted({run.hardware for run in trained}),
         skipped=skipped,
     )
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ and logits.npz, which is written last and so says that the run is finished. To c
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -125,8 +126,9 @@ class Parser(argparse.ArgumentParser):
     """argparse that answers a bad flag with one line and exit code 2."""
 
     def __init__(self, docstring):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        more = dict(usage="%(prog)s [flags]", formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=docstring, **more)
 
     def error(self, message):
         raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))

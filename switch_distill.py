@@ -15,6 +15,7 @@ Departure from the paper: its switch is gradual over about 1,000 steps; here it 
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import analyze_deviation
 import claims
@@ -131,14 +132,14 @@ def recovered(per_seed):
     return dict(row, recovered=claims.ratio(accuracy - onehot, kd - onehot))
 
 
-def switch_table(folders, trunks, teachers, seeds, resamples):
+def switch_table(folders, trunks, teachers, seeds, resamples, quiet=False):
     """One row per (direction, s): accuracy, gain, recovered share, and the deviations of the switched student.
 
-    folders, trunks: {seed: as `run_folders` returns}; teachers: {seed: run folder}.
+    folders, trunks: {seed: as `run_folders` returns}; teachers: {seed: run folder}; quiet: without a progress bar.
     """
     rows, deviations = [], {}
     onehots = [trunks[seed]["onehot"] for seed in seeds]
-    for direction, s in folders[seeds[0]]:
+    for direction, s in tqdm(folders[seeds[0]], "measuring", leave=False, disable=quiet or None):
         students = tuple(folders[seed][direction, s] for seed in seeds)
         per_seed = []
         for seed, student in zip(seeds, students, strict=True):
@@ -167,8 +168,11 @@ def table_markdown(rows):
     return claims.markdown_table(headers, lines)
 
 
-def switch_claims(rows):
-    """Claims rows: the gain, what switching at half time does to it, and whether late switching already deviates."""
+def switch_claims(rows, section="§3.2"):
+    """Claims rows: the gain, what switching at half time does to it, and whether late switching already deviates.
+
+    section: where the headlines stand; None for no headlines.
+    """
     gain = rows[0]["gain"]
     found = [claim_of("KD is more accurate than one-hot", "> 0", gain, 0, "difference of test accuracies")]
     texts = {
@@ -181,6 +185,8 @@ def switch_claims(rows):
             found.append(claim_of(text, expected, row["recovered"], 0.5, "recovered share", above))
         elif row["s"] == 0.5:
             found.append(claim_of(text, "gain above 0", gain, np.nan, row["reason"]))
+    if section:  # where no share is recovered, the gain stands in its place
+        found = [claims.headline(row, section, percent=row["note"] != "recovered share") for row in found]
     switched = [row for row in rows if row["direction"] == "onehot2kd" and 0 < row["s"] < 1]
     if switched:
         late = max(switched, key=lambda row: row["s"])
@@ -196,51 +202,59 @@ def switch_claims(rows):
 
 def plot_switches(rows, folder, title):
     """Figure 1b: test accuracy against the share of training before the switch."""
-    figure, axis = claims.pyplot().subplots(figsize=(6.4, 4.4), layout="constrained")
-    for direction in dict.fromkeys(row["direction"] for row in rows):
+    figure, axis = claims.pyplot().subplots(figsize=(5.6, 3.8))
+    onehot = 100 * (rows[0]["accuracy"]["value"] - rows[0]["difference"]["value"])
+    kd = onehot + 100 * rows[0]["gain"]["value"]
+    axis.axhline(onehot, color=claims.COLOURS["onehot"], ls="--", lw=1.2, label="one-hot throughout")
+    axis.axhline(kd, color=claims.COLOURS["kd"], ls="--", lw=1.2, label="KD throughout")
+    for direction, color in (("onehot2kd", claims.COLOURS["other"]), ("kd2onehot", claims.COLOURS["more"])):
         chosen = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row["s"])
-        cells = [row["accuracy"] for row in chosen]
-        claims.band(axis, [row["s"] for row in chosen], cells, 100, label=ARROWS[direction])
-    onehot = rows[0]["accuracy"]["value"] - rows[0]["difference"]["value"]
-    axis.axhline(100 * onehot, color="grey", ls="--", lw=1, label="one-hot throughout")
-    axis.axhline(100 * (onehot + rows[0]["gain"]["value"]), color="grey", ls=":", lw=1, label="KD throughout")
+        if chosen:
+            xs, cells = [row["s"] for row in chosen], [row["accuracy"] for row in chosen]
+            claims.band(axis, xs, cells, 100, color=color, label=ARROWS[direction])
     axis.set(xlabel="share of training before the switch", ylabel="test accuracy (%)", title=title)
-    axis.legend()
+    claims.legend_below(figure, axis)
     claims.save_figure(figure, folder, "fig1b")
 
 
-def mean_curve(folders):
-    """Epochs at which all of the run `folders` were evaluated, and their mean test accuracy in percent, both [E]."""
-    curves = []
+def curves(folders):
+    """Epochs [E] at which all of the run `folders` [S] were evaluated, and test accuracies in percent [S, E]."""
+    found = []
     for run in folders:
-        curves.append({line["epoch"]: line["test_acc"] for line in runs.read_metrics(run) if "test_acc" in line})
-    epochs = np.array(sorted(set.intersection(*map(set, curves))))
+        found.append({line["epoch"]: line["test_acc"] for line in runs.read_metrics(run) if "test_acc" in line})
+    epochs = np.array(sorted(set.intersection(*map(set, found))))
     if not len(epochs):
         what = f"{', '.join(map(str, folders))}: metrics.jsonl has no epoch with a test_acc in all"
         raise InputError(f"{what}: train these again with --overwrite")
-    return epochs, 100 * np.mean([[curve[epoch] for epoch in epochs] for curve in curves], 0)
+    return epochs, 100 * np.array([[curve[epoch] for epoch in epochs] for curve in found])
 
 
 def plot_curves(folders, trunks, seeds, folder, title):
-    """Test accuracy over training, mean over seeds: the pure runs and every switch, its moment marked."""
+    """Test accuracy over training: the pure runs with their seeds, and the mean of every switch, its moment marked."""
+    plt = claims.pyplot()
     directions = list(dict.fromkeys(direction for direction, _ in folders[seeds[0]]))
-    options = dict(squeeze=False, sharey=True, layout="constrained", figsize=(6.2 * len(directions), 4.2))
-    figure, axes = claims.pyplot().subplots(1, len(directions), **options)
+    shares = sorted({s for _, s in folders[seeds[0]] if 0 < s < 1})
+    shades = dict(zip(shares, plt.get_cmap("magma")(np.linspace(0.15, 0.7, len(shares))), strict=True))
+    size = (4.5 * max(len(directions), 1.3), 3.6)
+    figure, axes = plt.subplots(1, len(directions), squeeze=False, sharey=True, figsize=size)
     for axis, direction in zip(axes[0], directions, strict=True):
-        for trunk, color, label in (("onehot", "black", "one-hot"), ("kd", "grey", "KD")):
-            epochs, accuracy = mean_curve([trunks[seed][trunk] for seed in seeds])
-            axis.plot(epochs, accuracy, lw=1.2, color=color, label=label)
+        for trunk, label in (("onehot", "one-hot throughout"), ("kd", "KD throughout")):
+            epochs, accuracy = curves([trunks[seed][trunk] for seed in seeds])
+            style = dict(color=claims.COLOURS[trunk], zorder=1)
+            axis.plot(epochs, accuracy.T, lw=0.5, alpha=0.4, **style)
+            axis.plot(epochs, accuracy.mean(0), lw=1.8, label=label, **style)
         last = epochs[-1]
-        for s in sorted(s for d, s in folders[seeds[0]] if d == direction and 0 < s < 1):
-            epochs, accuracy = mean_curve([folders[seed][direction, s] for seed in seeds])
-            start = max(0, np.searchsorted(epochs, s * last) - 1)  # before its switch a branch is its trunk
-            label = f"{ARROWS[direction]} at s={s:g}"
-            (line,) = axis.plot(epochs[start:], accuracy[start:], lw=1.2, label=label)
-            axis.plot(s * last, np.interp(s * last, epochs, accuracy), "v", color=line.get_color(), ms=8)
-        axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=ARROWS[direction])
-        axis.legend(fontsize=8)
+        for s in [s for s in shares if (direction, s) in folders[seeds[0]]]:
+            epochs, accuracy = curves([folders[seed][direction, s] for seed in seeds])
+            mean, after = accuracy.mean(0), epochs > s * last  # before its switch a branch is its trunk
+            xs = np.concatenate([[s * last], epochs[after]])
+            ys = np.concatenate([[np.interp(s * last, epochs, mean)], mean[after]])
+            axis.plot(xs, ys, "v-", markevery=[0], ms=6, lw=1.4, color=shades[s], label=f"switched at s = {s:g}")
+        axis.set(xlabel="epoch", title=ARROWS[direction])
+    axes[0][0].set_ylabel("test accuracy (%)")
     drawn = np.concatenate([line.get_ydata() for axis in axes[0] for line in axis.lines])
-    axes[0][0].set_ylim(bottom=max(0, np.quantile(drawn, 0.05) - 5))
+    axes[0][0].set_ylim(bottom=max(0, np.quantile(drawn, 0.05) - 2))
+    claims.legend_below(figure, axes[0][0], columns=3)
     figure.suptitle(title)
     claims.save_figure(figure, folder, "fig1b_curves")
 
@@ -254,14 +268,18 @@ def parse(argv):
     common.add_flags(parser, out_help=prefix)
     add_student_flags(parser)
     common.add_process_flags(parser)
-    add, every = parser.add_argument, list(SWITCHES)
-    add("--direction", choices=every, nargs="+", default=every, help="which switches to train")
-    shares = "shares of training before the switch; 0 and 1 are the pure runs"
-    add("--switch-at", type=number(float, 0, 1), nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9, 1], help=shares)
-    window = "steps over which the weights move linearly to the new loss; 0 switches at once"
-    add("--window", type=number(int, 0), default=0, help=window)
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, help="bootstrap draws behind each interval")
-    add("--results", default="results/fig1b", help="folder for figures, tables and claims")
+    add, every = parser.add_argument_group("switches and results").add_argument, list(SWITCHES)
+    which = f"which switches to train, of {', '.join(every)} (default: both)"
+    add("--direction", choices=every, nargs="+", default=every, metavar="WHICH", help=which)
+    shares = "shares of training before the switch; 0 and 1 are the pure runs (default: 0 0.25 0.5 0.75 0.9 1)"
+    default = [0, 0.25, 0.5, 0.75, 0.9, 1]
+    add("--switch-at", type=number(float, 0, 1), nargs="+", default=default, metavar="S", help=shares)
+    window = "steps over which the weights move linearly to the new loss (default: 0, at once)"
+    add("--window", type=number(int, 0), default=0, metavar="STEPS", help=window)
+    draws = "bootstrap draws behind each interval (default: 2000)"
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
+    folder = "folder for figures, tables and claims (default: results/fig1b)"
+    add("--results", default="results/fig1b", metavar="FOLDER", help=folder)
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
@@ -307,16 +325,15 @@ def main(argv=None):
 
     folders, trunks = ({seed: pair[k] for seed, pair in both.items()} for k in (0, 1))
     over = claims.scope(len(seeds), len(set(teachers.values())))
-    rows = switch_table(folders, trunks, teachers, seeds, args.bootstrap)
+    rows = switch_table(folders, trunks, teachers, seeds, args.bootstrap, args.quiet)
     runs.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
-    text = f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}"
-    runs.write_text(results / "switch.md", text)
-    print(text)
+    runs.write_text(results / "switch.md", f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}")
     claims.save_claims(results, switch_claims(rows), over)
+    print(f"all measures: {results / 'switch.md'}")
 
-    title = f"{args.data}, {args.arch}; intervals {over}"
-    plot_switches(rows, results, title)
-    plot_curves(folders, trunks, seeds, results, title)
+    setting = f"{args.data}, {args.arch}"
+    plot_switches(rows, results, f"{setting}\n95% intervals {over}")
+    plot_curves(folders, trunks, seeds, results, f"{setting}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}")
 
 
 if __name__ == "__main__":

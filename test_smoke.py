@@ -159,7 +159,9 @@ def test_a_run_that_is_finished_is_left_alone(folder, teacher):
 
 
 def test_figure_1a(folder, deviation):
-    assert folder.files("results/tiny/fig1a") == sorted(["deviation.json", "fig1a.pdf", "fig1a.png", *CLAIMS])
+    assert folder.files("results/tiny/fig1a") == sorted(
+        ["deviation.json", "fig1a.pdf", "fig1a.png", "statistics.md", *CLAIMS]
+    )
     folder.check_figure("results/tiny/fig1a/fig1a")
     folder.check_claims("results/tiny/fig1a", "slope")
     tables = folder.json("results/tiny/fig1a/deviation.json")["tables"]

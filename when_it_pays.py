@@ -16,6 +16,7 @@ Writes pays.png/.pdf, pays.json, pays.md and claims into --results.
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import analyze_deviation
 import claims
@@ -98,7 +99,8 @@ def pays_claims(rows):
         seeds = [np.array(row[name]["seeds"]) for row in (rows[0], last)]
         note = "last teacher minus first, over seeds"
         value = claims.mean_interval(seeds[1] - seeds[0])
-        found.append(claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note))
+        row = claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note)
+        found.append(claims.headline(row, "title", percent=True) if name == "lead" else row)
     for name, text in (("lead", "its own teacher"), ("gain", "the one-hot control")):
         fit = f"teacher fits {100 * last['fit']['value']:.1f}% of its labels"
         text = f"the last teacher's student beats {text}"
@@ -117,27 +119,25 @@ def pays_markdown(rows):
 
 
 def plot(rows, folder, title):
-    plt = claims.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    """Over the teacher's train accuracy: the student's lead and gain, slopes, and the gap on the hardest quarter."""
+    figure, axes = claims.pyplot().subplots(1, 3, figsize=(9.5, 3.9))
     fit = [100 * row["fit"]["value"] for row in rows]
 
-    def draw(axis, name, scale=1.0, **style):
-        seeds = np.array([row[name]["seeds"] for row in rows]) * scale
-        claims.band(axis, fit, [row[name] for row in rows], scale, **style)
-        axis.plot(fit, seeds, color=axis.lines[-1].get_color(), lw=0.5, alpha=0.5)
+    def draw(axis, name, network, label, scale=1.0):
+        claims.band(axis, fit, [row[name] for row in rows], scale, color=claims.COLOURS[network], label=label)
 
-    draw(axes[0], "lead", 100, label="student minus its own teacher", color="C0")
-    draw(axes[0], "gain", 100, label="student minus one-hot control", color="C1")
-    axes[0].set(ylabel="test accuracy (points)", title="Lead over the teacher, gain over one-hot")
-    draw(axes[1], "slope", label="KD student", color="C0")
-    draw(axes[1], "control_slope", label="one-hot control", color="C1")
-    axes[1].set(ylabel="train slope of φ on the teacher's φ", title="Deviation: slope")
-    draw(axes[2], "low_gap", label="student minus control", color="C0")
-    axes[2].set(ylabel="mean Y − X on the hardest quarter", title="Deviation: hardest quarter, train")
+    draw(axes[0], "lead", "teacher", "student minus its own teacher", 100)
+    draw(axes[0], "gain", "onehot", "student minus one-hot control", 100)
+    axes[0].set(ylabel="difference of test accuracies (points)", title="Lead and gain, test")
+    draw(axes[1], "slope", "kd", "KD student")
+    draw(axes[1], "control_slope", "onehot", "one-hot control")
+    axes[1].set(ylabel="slope of φ(network) on φ(teacher)", title="Slope of the fit, train")
+    draw(axes[2], "low_gap", "onehot", "student minus one-hot control")
+    axes[2].set(ylabel="mean Y − X, student minus control", title="Teacher's hardest quarter, train")
     for axis, level in zip(axes, (0, 1, 0), strict=True):
         axis.axhline(level, color="grey", lw=1, ls="--")
         axis.set(xlabel="teacher's train accuracy (%)")
-        axis.legend(fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
     figure.suptitle(title)
     claims.save_figure(figure, folder, "pays")
 
@@ -149,11 +149,14 @@ def main(argv=None):
     )
     add_student_flags(parser)
     common.add_process_flags(parser)
-    add = parser.add_argument
-    at = "shares of training after which the teacher is stopped"
-    add("--stop-at", type=number(float, 0, 1, open_low=True), nargs="+", default=[0.1, 0.2, 0.4, 0.7, 1], help=at)
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, help="bootstrap draws behind each interval")
-    add("--results", default="results/pays", help="folder for figure, tables and claims")
+    add = parser.add_argument_group("stopped teachers and results").add_argument
+    at = "shares of training after which the teacher is stopped (default: 0.1 0.2 0.4 0.7 1)"
+    share, default = number(float, 0, 1, open_low=True), [0.1, 0.2, 0.4, 0.7, 1]
+    add("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
+    draws = "bootstrap draws behind each interval (default: 2000)"
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
+    folder = "folder for figure, tables and claims (default: results/pays)"
+    add("--results", default="results/pays", metavar="FOLDER", help=folder)
     args = engine.resolve(parser.parse_args(argv))
     if args.teacher or not args.kd_weight or "{seed}" in (args.out or ""):
         what = "this script trains its own teachers and distils from them; --out is a prefix"
@@ -176,14 +179,14 @@ def main(argv=None):
 
     results.mkdir(parents=True, exist_ok=True)
     rows = []
-    for k, share in enumerate(shares):
+    for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
         rows.append(dict(share=share, **measure([of_seed[k] for of_seed in points], args.bootstrap)))
     over = claims.scope(len(seeds), len(seeds))
     runs.write_json(results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))
     runs.write_text(results / "pays.md", pays_markdown(rows))
-    print(pays_markdown(rows))
     claims.save_claims(results, pays_claims(rows), over)
-    plot(rows, results, f"{args.data}, {args.arch}, teachers stopped on the way; intervals {over}")
+    print(f"all measures: {results / 'pays.md'}")
+    plot(rows, results, f"{args.data}, {args.arch}, teachers stopped on the way; 95% intervals {over}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import analyze_deviation
+import claims
 import engine
 import runs
 import switch_distill
@@ -136,6 +137,28 @@ def test_selection_alone_puts_an_independent_network_below_the_diagonal_and_the_
     assert len(alone) == 3 and "selection alone" in alone[0]["note"]
 
 
+def test_headlines_stand_beside_the_control():
+    table = analyze_deviation.measure([random_points()], 100)
+    tables = dict(train=table, test=table)
+    found = analyze_deviation.deviation_claims(tables)
+    marked = claims.headlines(found)
+    assert [row["claim"].partition(":")[0] for row in marked] == ["train", "train", "train", "test"]
+    control = table["predicted"]["control"]
+    expected = [claims.cell(control["slope"], 1, 2), claims.cell(control["low_below"], 100, 1) + " %", "", ""]
+    assert [row["control"] for row in marked] == expected
+    assert marked[1]["shown"].endswith(" %") and {row["section"] for row in marked} == {"§3.1"}
+    (row,) = claims.headlines(analyze_deviation.deviation_claims(tables, "language"))
+    assert row["section"] == "language" and "slope of the student's fit exceeds 1" in row["claim"]
+    none = analyze_deviation.deviation_claims(tables, None)
+    assert not claims.headlines(none) and [row["claim"] for row in none] == [row["claim"] for row in found]
+
+
+def test_every_draw_is_counted_for_the_progress_bar():
+    counted = []
+    analyze_deviation.measure([random_points(50), random_points(50)], 150, done=counted.append)
+    assert sum(counted) == 300 and max(counted) < 150
+
+
 # ---------------------------------------------------------------- figure
 
 
@@ -145,7 +168,7 @@ def test_figure_1a_from_runs_and_from_files_agree(tiny_runs, tmp_path, monkeypat
     names = {role: [tiny_runs / "runs" / f"{run}-s{seed}" for seed in (0, 1)] for role, run in folders.items()}
     words = [word for role in names for word in (f"--{role}", names[role][0])]
     output = ok(run_cli("analyze_deviation.py", *words, "--bootstrap", 200, "--out", "one", cwd=tmp_path))
-    expected = ["claims.json", "claims.md", "deviation.json", "fig1a.pdf", "fig1a.png"]
+    expected = ["claims.json", "claims.md", "deviation.json", "fig1a.pdf", "fig1a.png", "statistics.md"]
     assert sorted(file.name for file in Path("one").iterdir()) == expected
     assert "figure: one/fig1a.png" in output and "| train: slope of the student's fit exceeds 1 |" in output
     assert Image.open("one/fig1a.png").size[0] > 800
@@ -191,7 +214,7 @@ def test_odd_names_reach_figures_and_tables(tmp_path, monkeypatch):
     words[1] = "t\udcff.npy"
     words += ["--bootstrap", "100", "--title", odd, "--split", f"{odd}${odd}", "--out", "r\udcff"]
     ok(run_cli("analyze_deviation.py", *words, cwd=tmp_path))
-    assert len(list(Path("r\udcff").iterdir())) == 5
+    assert len(list(Path("r\udcff").iterdir())) == 6
 
 
 # ---------------------------------------------------------------- bad input

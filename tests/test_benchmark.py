@@ -1,10 +1,14 @@
 """benchmark.py: its rows, and the one function that times a step."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils import collect_env
 
 import benchmark
+import engine
 import runs
 
 
@@ -20,11 +24,55 @@ def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch,
     for row in rows:
         assert len(row["rates"]) == 1 + ("processes" in row["way"]) and {len(part) for part in row["rates"]} == {1}
         assert row["images_per_s"] == pytest.approx(sum(statistics.median(part) for part in row["rates"]))
+        assert (row["whole_run_images_per_s"] is None) == (row["way"] in peers)
         of_peers = [one for one in rows if one["loss"] == row["loss"] and one["way"] in peers]
         best = max(one["images_per_s"] for one in of_peers)
         assert row["speedup"] == pytest.approx(row["images_per_s"] / best)
     table = (tmp_path / "b" / "benchmark.md").read_text()
-    assert table.count("\n| mlp") == 9 and table.strip() in text
+    assert table.count("\n| mlp") == 9 and table.count("| – |") == 4 and table.strip() in text
+
+
+def test_ours_are_measured_at_each_batch_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "WORKERS", (0,))
+    monkeypatch.setattr(benchmark, "ours", lambda images, flags, **more: [([float(flags.batch_size)], 1.0)])
+    size = ["--arch", "mlp", "--images", "128", "--epochs", "1", "--device", "cpu", "--batch-size", "16", "512"]
+    benchmark.main([*size, "--out", f"{tmp_path}/b"])
+    rows = runs.read_json(tmp_path / "b" / "benchmark.json")["rows"]
+    ours = [(row["loss"], row["way"], row["batch"]) for row in rows if not row["way"].startswith("peers")]
+    ways = dict(KD=("eager", "table", "two processes")) | {"one-hot": ("eager", "two processes")}
+    assert ours == [(loss, way, batch) for loss in ("one-hot", "KD") for batch in (16, 128) for way in ways[loss]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would take minutes")
+def test_the_gpu_check_is_refused_without_cuda(tmp_path, capsys):
+    for more in ([], ["--device", "cpu"]):
+        with pytest.raises(SystemExit) as end:
+            runs.cli(lambda more=more: benchmark.main(["--gpu-check", *more, "--out", f"{tmp_path}/b"]))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and "--gpu-check needs CUDA" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_check_writes_one_json(tmp_path, monkeypatch):
+    """With the tests, the driver and the measurements simulated."""
+    monkeypatch.setattr(engine, "use_device", lambda device: "cuda")
+    monkeypatch.setattr(
+        benchmark.subprocess, "run", lambda *args, **more: SimpleNamespace(stdout="2 passed", stderr="", returncode=0)
+    )
+    monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda run: "555.1")
+    asked = []
+
+    def measure(args, arch, kd):
+        asked.append((arch, kd, args.batch_size, args.images))
+        row = dict(arch=arch, loss="KD", way="table", batch=512, images_per_s=2.0, speedup=2.0)
+        return [dict(row, whole_run_images_per_s=1.0)]
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    benchmark.main(["--gpu-check", "--out", f"{tmp_path}/b"])
+    assert asked == [("resnet56", kd, [512, 1024], 50_000) for kd in (False, True)]
+    found = runs.read_json(tmp_path / "b" / "gpu-check.json")
+    assert found["versions"]["driver"] == "555.1" and {"hardware", "torch", "cuda"} <= found["versions"].keys()
+    assert found["versions"]["tests"] == dict(passed=True, output=["2 passed"]) and len(found["rows"]) == 2
 
 
 def test_a_step_is_timed_for_each_network_once():

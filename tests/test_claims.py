@@ -1,6 +1,7 @@
 """Intervals, verdicts and tables of claims.py."""
 
 import json
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,20 +82,61 @@ def test_verdicts(interval, above, expected):
     assert claims.verdict(interval, 1.0, above) == expected
 
 
-def test_results_are_shown_with_figures_and_claims(tmp_path, capsys):
-    folder = tmp_path / "digits" / "fig1a"
-    folder.mkdir(parents=True)
-    claims.save_claims(folder, [claims.claim("slope exceeds 1", "> 1", 1.2, 1.1, 1.3, 1, note="a")], "one seed")
-    (folder / "fig1a.png").write_bytes(b"")
-    assert runs.read_json(folder / "claims.json")[0]["note"] == "a; one seed"
+def rows_of(*texts):
+    return [claims.claim(text, "> 1", 1.2, 1.1, 1.3, 1, note="a") for text in texts]
+
+
+def test_headlines_of_all_tables_are_shown_in_the_papers_order(tmp_path, capsys):
+    control = dict(value=0.5, low=0.25, high=math.inf)
+    for name, section in (("denoise", "§5"), ("fig1a", "§3.1")):
+        (tmp_path / name).mkdir()
+        row, other = rows_of(f"headline of {name}", f"another of {name}")
+        row = claims.headline(row, section, control, percent=name == "fig1a")
+        claims.save_claims(tmp_path / name, [other, row], "one seed")
+    assert runs.read_json(tmp_path / "fig1a" / "claims.json")[0]["note"] == "a; one seed"
     capsys.readouterr()
     claims.show_results(tmp_path)
     shown = capsys.readouterr().out
-    row = "| digits/fig1a: slope exceeds 1 | > 1 | 1.200 | 1.100 to 1.300 | holds | a; one seed |"
-    assert row in shown and "figure: " in shown
+    first = "| §3.1 | headline of fig1a | > 1 | 120.0 [110.0, 130.0] % | 50.0 [25.0, ?] % | holds |"
+    second = "| §5 | headline of denoise | > 1 | 1.20 [1.10, 1.30] | 0.50 [0.25, ?] | holds |"
+    assert shown.index(first) < shown.index(second) and "another" not in shown
+    assert "all 4 claims (4 holds)" in shown and str(tmp_path / "denoise" / "claims.md") in shown
 
 
-@pytest.mark.parametrize("content", ['[{"claim": 1}]', '{"a": []}', "[[]]", "[", '[{"claim": 1, "measured": "x"}]'])
+def test_a_long_table_is_printed_as_its_headlines_alone(tmp_path, capsys):
+    rows = rows_of(*map(str, range(12)))
+    for saved, full, printed in ((rows, True, True), (rows + rows[:1], True, False), (rows, False, False)):
+        saved = [claims.headline(saved[0], "§4"), *saved[1:]]
+        claims.save_claims(tmp_path, saved, full=full)
+        output = capsys.readouterr().out
+        assert ("| 11 |" in output) == printed and ("| §4 | 0 |" in output) != printed
+        assert f"({len(saved)} holds)" in output and "| 11 |" in (tmp_path / "claims.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "found, expected", [("holds holds", "holds"), ("fails fails", "fails"), ("holds fails", "mixed")]
+)
+def test_a_joint_claim_holds_when_all_agree(found, expected):
+    row = claims.joint_claim("all", dict(zip("ab", found.split(), strict=True)))
+    held = found.split().count("holds")
+    assert row["verdict"] == expected and row["measured"] == held
+    assert claims.headline(row, "§5")["shown"] == f"{held} of 2" and f"(b) {found.split()[1]}" in row["note"]
+
+
+def test_agreement_by_chance_is_told_apart():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 1000)
+    agreed, chance, above = claims.agreement(np.where(rng.random(1000) < 0.3, labels, 0), labels, 4)
+    assert agreed == pytest.approx(0.475, abs=0.05) and chance == pytest.approx(0.25, abs=0.02) and above
+    assert not claims.agreement(rng.integers(0, 4, 1000), labels, 4)[2]
+
+
+ODD = json.dumps([dict(claims.claim("a", "> 1", 1, 1, 1, 1), section="§9", shown="", control="")])
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"claim": 1}]', '{"a": []}', "[[]]", "[", '[{"claim": 1, "measured": "x"}]', ODD]
+)
 def test_a_file_that_is_no_table_of_claims_is_refused(content, tmp_path):
     (tmp_path / "claims.json").write_text(content)
     with pytest.raises(runs.InputError, match=r"claims\.json cannot be read"):
@@ -102,12 +144,14 @@ def test_a_file_that_is_no_table_of_claims_is_refused(content, tmp_path):
 
 
 def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
-    cells = [dict(value=0.5, low=0.4, high=0.6), dict(value=0.7, low=float("nan"), high=float("nan"))]
+    cells = [dict(value=0.5, low=0.4, high=0.6, seeds=[0.4, 0.6])]
+    cells.append(dict(value=0.7, low=math.nan, high=math.nan, seeds=[0.7, 0.7]))
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         figure, axis = claims.pyplot().subplots(figsize=(2, 1))
         claims.band(axis, [0, 1], cells, 100, label="x")
-        assert np.allclose(axis.lines[0].get_ydata(), [50, 70])
+        drawn = [line.get_ydata() for line in axis.lines]  # the mean, then each seed
+        assert np.allclose(drawn, [[50, 70], [40, 70], [60, 70]])
         axis.set_title("$x^{ \udcff")  # a name that a user gave: no formula, any bytes
         claims.save_figure(figure, folder, "f")
         assert not plt.get_fignums()  # closed

@@ -5,6 +5,7 @@ No test depends on time; those that need CUDA are skipped without it.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import shutil
 import signal
@@ -30,6 +31,8 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import engine
@@ -337,6 +340,14 @@ def test_the_source_of_teacher_logits_is_the_one_with_fewest_passes(data, tmp_pa
 # ---------------------------------------------------------------- compiled and captured steps
 
 
+def weighted_loss(network, images, labels, teacher_logits, ce_weight, kd_weight):
+    logits = network(images).float()
+    loss = ce_weight * F.cross_entropy(logits, labels)
+    if teacher_logits is not None:
+        loss = loss + kd_weight * common.kd_loss(logits, teacher_logits, 4.0)
+    return loss, logits
+
+
 def taken_steps(data, folder, fast=False, captured=False, fake=None, steps=20):
     """Weights and sums after `steps` steps, with distillation from step 7 to 14, each from an epoch of its own.
 
@@ -350,14 +361,6 @@ def taken_steps(data, folder, fast=False, captured=False, fake=None, steps=20):
     more = dict(weight_decay=5e-4, nesterov=True, fused=device.type == "cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, **more)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def weighted_loss(network, images, labels, teacher_logits, ce_weight, kd_weight):
-        logits = network(images).float()
-        loss = ce_weight * F.cross_entropy(logits, labels)
-        if teacher_logits is not None:
-            loss = loss + kd_weight * common.kd_loss(logits, teacher_logits, 4.0)
-        return loss, logits
-
     network = torch.compile(model) if fast else model
     loss_of = engine.image_loss(network, data, weighted_loss, teacher, "fp32")
     take_step = engine.optimiser_step(model, optimizer, loss_of, sums)
@@ -458,6 +461,95 @@ def test_the_captured_step_equals_the_eager_step(data, tmp_path, monkeypatch):
     # Two graphs, without and with the teacher, warmed up and captured on one stream that is theirs alone.
     assert len(fake.streams) == 1
     assert [(what, stream is fake.streams[0]) for what, stream in fake.used] == [("w", True), ("c", True)] * 2
+
+
+class NotCapturable(Exception):
+    """A CUDA graph cannot hold this operation."""
+
+
+class Capturable(TorchDispatchMode):
+    """Records all operations, backward ones too; refuses those that wait for the device's numbers or leave it."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.seen = device, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(str(func))
+        inputs = tree_leaves((args, kwargs))
+        # By its tags .item(), nonzero, masked_select, unique …; an index has a size of its own only where it is a mask.
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        masks = any(torch.is_tensor(value) and value.dtype == torch.bool for value in inputs)
+        if waits and (masks or func is not torch.ops.aten.index.Tensor):
+            raise NotCapturable(func)
+        self.check_devices(func, inputs)
+        output = func(*args, **kwargs or {})
+        self.check_devices(func, tree_leaves(output))
+        return output
+
+    def check_devices(self, func, values):
+        places = [value.device if torch.is_tensor(value) else value for value in values]
+        if any(isinstance(place, torch.device) and place.type != self.device for place in places):
+            raise NotCapturable(func)
+
+
+def dry_capture(data, source, loss_fn):
+    """The operations of steps that are captured without and with a teacher, on a device that has shapes alone."""
+    teacher = small_teacher(data, source=source)
+    teacher.model.to("meta")
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    tensors = {name: value.to("meta") for name, value in fields.items() if torch.is_tensor(value)}
+    teacher.data = data = dataclasses.replace(data, **tensors)
+    if source == "views":
+        teacher.table = torch.zeros(len(data.y_train) * data.n_views, data.classes, device="meta")
+    model = common.build_model("resnet8", data.classes, data.facts["image"], 0.25, "student").to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    sums, operations = torch.zeros(3, dtype=torch.float64, device="meta"), Capturable("meta")
+    loss_of = engine.image_loss(model, data, loss_fn, teacher, "fp32")
+    take_step = engine.optimiser_step(model, optimizer, loss_of, sums)
+
+    def recorded_step(*args):
+        with operations:
+            take_step(*args)
+
+    step = engine.captured_step(recorded_step, model, optimizer, 32, sums)
+    for weights in ((1.0, 0.0), (0.25, 0.75)):
+        step([torch.zeros(32, dtype=torch.long, device="meta") for _ in range(2)], *weights)
+    return operations.seen
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    FakeGraphs(monkeypatch)
+    monkeypatch.setattr(engine, "autocast", lambda device, precision: contextlib.nullcontext())  # meta has none
+
+
+@pytest.mark.parametrize("source", ["live", "views"])
+def test_the_captured_step_never_waits_for_the_device(source, data, no_device):
+    seen = dry_capture(data, source, weighted_loss)
+    assert {"aten.index_select.default", "aten.convolution_backward.default"} <= seen
+    assert any("add_" in name for name in seen)  # the optimiser
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        torch.Tensor.item,
+        torch.Tensor.cpu,
+        torch.nonzero,
+        torch.unique,
+        lambda loss: loss[loss > 0],
+        torch.Tensor.tolist,
+    ],
+)
+def test_a_step_that_waits_for_the_device_is_caught(waiting, data, no_device):
+    def bad_loss(*args):
+        loss, logits = weighted_loss(*args)
+        waiting(loss.detach())
+        return loss, logits
+
+    with pytest.raises(NotCapturable):
+        dry_capture(data, "live", bad_loss)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

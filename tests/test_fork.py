@@ -1,4 +1,4 @@
-"""The worked examples of README, "Fork it": each patch applies to a copy and does what it says, in at most 12 lines."""
+"""The worked examples of docs/fork.md: each patch applies to a copy and does what it says, in at most 12 lines."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import HERE, TINY, run_cli
 
-PATCHES = re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PATCHES = re.findall(r"```diff\n(.*?)```", (HERE / "docs/fork.md").read_text(encoding="utf-8"), re.DOTALL)
 # What is run in each copy, and what config.json of the last run must then say.
 CASES = {
     "logit loss": (["train_student.py", "--teacher", "t", "--logit-weight", "0.5"], ("flags", "logit_weight", 0.5)),
@@ -25,7 +25,7 @@ def test_there_is_a_patch_for_each_case():
 
 
 @pytest.mark.parametrize("name, patch", list(zip(CASES, PATCHES, strict=True)), ids=list(CASES))
-def test_a_patch_of_readme_works(name, patch, tiny_runs, tmp_path):
+def test_a_patch_works(name, patch, tiny_runs, tmp_path):
     changed = [line for line in patch.splitlines() if re.match(r"[+-](?!\+\+ b|-- a)", line)]
     assert len(changed) <= 12 and patch.count("+++ b/") == 1
     for file in HERE.glob("*.py"):

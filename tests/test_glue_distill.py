@@ -20,6 +20,7 @@ from helpers import Malicious, damaged, hashes, input_error, ok, run_process, sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import claims
 import engine
 import glue_distill
 import runs
@@ -399,7 +400,7 @@ def test_the_language_report_agrees_with_the_runs(texts):
         return np.mean([runs.last_metrics(run_of(name, seed, texts))["test_acc"] for seed in (0, 1)])
 
     for student in ("1x16", "1x8"):
-        figures = {"fig1a.png", "fig1a.pdf", "deviation.json", "claims.json"}
+        figures = {"fig1a.png", "fig1a.pdf", "deviation.json", "statistics.md", "claims.json"}
         assert figures <= {file.name for file in (results / student).iterdir()}
         switched = {"fig1b.png", "fig1b_curves.png", "switch.json", "claims.json"}
         assert switched <= {file.name for file in (results / student / "switch").iterdir()}
@@ -414,6 +415,10 @@ def test_the_language_report_agrees_with_the_runs(texts):
     assert len(teacher["test_acc"]) == 2
     test = glue_distill.load_task("sentiment").splits["test"]
     assert report["task"]["bayes_accuracy"] == np.mean((test.probability[:, 1] > 0.5) == test.labels)
+    marked = {}
+    for file in results.rglob("claims.json"):
+        marked |= {row["section"]: file.parent.name for row in claims.headlines(runs.read_json(file))}
+    assert marked == dict(language="1x16")  # of the first student
     claim = runs.read_json(results / "claims.json")[0]
     assert claim["measured"] == pytest.approx(np.mean(teacher["test_acc"]) / report["task"]["bayes_accuracy"])
 

@@ -208,7 +208,8 @@ def test_switch_report_over_seeds_and_teachers(tmp_path):
     output = ok(run_cli("switch_distill.py", *flags, cwd=tmp_path))
     folder, results = tmp_path / "runs", tmp_path / "results" / "fig1b"
     report = runs.read_json(results / "switch.json")
-    assert "2 seeds, each with its own teacher" in report["intervals"] and "Intervals: 95%" in output
+    assert "2 seeds, each with its own teacher" in report["intervals"]
+    assert "switch.md" in output and "Intervals: 95%" in (results / "switch.md").read_text()
     rows = {(row["direction"], row["s"]): row for row in report["rows"]}
     assert len(rows) == 8
 
@@ -267,17 +268,20 @@ def test_switch_claims_follow_the_recovered_share(onehot2kd, kd2onehot, kd, verd
         rows.append(dict(measured, direction=direction, s=0.5, deviation=dict(train=below, test=below)))
     found = switch_distill.switch_claims(rows)
     assert [row["verdict"] for row in found] == verdicts + ["holds", "holds"]
+    marked = claims.headlines(found)
+    assert [row["verdict"] for row in marked] == verdicts and marked[0]["shown"].endswith(" %")
+    assert not claims.headlines(switch_distill.switch_claims(rows, section=None))
 
 
-def test_curves_are_means_over_the_epochs_that_all_runs_have(tmp_path):
+def test_curves_are_of_the_epochs_that_all_runs_have(tmp_path):
     for name, accuracies in (("a", {1: 0.5, 2: None, 3: 0.7}), ("b", {1: 0.7, 2: 0.1, 3: 0.9}), ("c", {1: None})):
         (tmp_path / name).mkdir()
         lines = [dict(epoch=epoch, **{"test_acc": value} if value else {}) for epoch, value in accuracies.items()]
         runs.write_metrics(tmp_path / name, lines)
-    epochs, accuracy = switch_distill.mean_curve([tmp_path / "a", tmp_path / "b"])
-    assert epochs.tolist() == [1, 3] and accuracy == pytest.approx([60, 80])
+    epochs, accuracy = switch_distill.curves([tmp_path / "a", tmp_path / "b"])
+    assert epochs.tolist() == [1, 3] and accuracy == pytest.approx(np.array([[50, 70], [70, 90]]))
     with pytest.raises(runs.InputError, match="no epoch with a test_acc in all"):
-        switch_distill.mean_curve([tmp_path / "a", tmp_path / "c"])
+        switch_distill.curves([tmp_path / "a", tmp_path / "c"])
 
 
 # ---------------------------------------------------------------- bad input

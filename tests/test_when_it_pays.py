@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import TINY, ok, one_line_error, run_cli
 
+import claims
 import engine
 import runs
 import when_it_pays
@@ -45,6 +46,8 @@ def test_measures_are_those_of_the_runs(finished):
     for name in when_it_pays.MEASURES:
         assert rows[0][name]["low"] <= rows[0][name]["value"] <= rows[0][name]["high"]
     assert (folder / "results" / "pays" / "pays.png").exists() and "rises with the teacher's fit" in output
+    (row,) = claims.headlines(runs.read_json(folder / "results" / "pays" / "claims.json"))
+    assert row["section"] == "title" and row["claim"].startswith("the student's lead over its own teacher")
 
 
 def test_a_teacher_without_the_state_is_named(finished):
