@@ -31,6 +31,14 @@ def mean_interval(values):
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def accuracy(hits):
+    """What `combine` gives for accuracies: hits [S, N], whether each seed's network is right on each test point."""
+    hits = np.stack(hits).astype(float)
+    # The bootstrap standard error of a mean over points, in closed form.
+    half = math.sqrt(seed_term(hits.mean(1)) + 1.96**2 * hits.mean(0).var() / hits.shape[1])
+    return dict(value=float(hits.mean()), low=float(hits.mean()) - half, high=float(hits.mean()) + half)
+
+
 def resampled_sums(columns, resamples, rng, chunk=64, done=None):
     """Sums of columns [N, K] over the points themselves (row 0) and over `resamples` bootstrap draws of them.
 

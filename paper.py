@@ -3,8 +3,7 @@
     python paper.py --dry-run                               # every run, its state, and the time that it takes here
     python paper.py --recipe short --only image/cifar100/   # a part, by the names that --dry-run prints
     python paper.py --shard 0/4                             # a quarter of the training, without figures
-    python paper.py --recipe cpu                            # a grid of its own, for two cores; then, to publish it:
-    python paper.py --recipe cpu --keep docs/results        # a small JSON of each finished entry
+    python paper.py --recipe cpu                            # a grid of its own, for two cores
 
 The grid stands below, to be edited there. A run folder is trained once: entries share teachers, controls and students.
 Interrupted, the same command goes on; an entry that fails is named at the end (exit code 1). A figure is drawn again
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import benchmark
-import claims
 import common
 import engine
 import runs
@@ -367,42 +365,6 @@ def scale(entries, left):
     yield f"disk: {checkpoints:.1f} GB of checkpoints, {logits:.1f} GB of tables of teacher logits"
 
 
-# ---------------------------------------------------------------- results to keep
-
-
-def keep(folder, entries):
-    """Write folder/<entry>.json for each finished entry, from its run folders and claims alone.
-
-    Accuracies are shares, one for each seed; seconds are of all runs, masked-language pretraining aside.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in entries:
-        if not entry.runs or not is_done(entry):
-            print(f"{entry.name}: not finished")
-            continue
-        configs, accuracy, seconds, rows = {}, dict(test={}, train={}), 0.0, []
-        for run in entry.runs:
-            configs[run.what] = runs.read_config(run.folder)
-            arrays = runs.read_npz(run.folder / "logits.npz", engine.LOGITS)
-            for split, found in accuracy.items():
-                hits = arrays[f"{split}_logits"].argmax(1) == arrays[f"{split}_labels"]
-                found.setdefault(run.what, []).append(float(hits.mean()))
-            lines = runs.read_metrics(run.folder)  # a branch's begin with those of its trunk
-            seconds += sum(line["seconds"] for line in lines[round((1 - run.share) * len(lines)) :])
-        for file in (results / "claims.json" for results in entry.results):
-            for row in claims.checked_claims(runs.read_json(file), file):
-                said = {key: row[key] for key in ("claim", "measured", "low", "high", "verdict")}
-                rows.append(dict(figure=file.parent.name, **said))
-        student = configs["kd"]
-        flags = {key: value for key, value in student["flags"].items() if key not in runs.NOT_COMPARED}
-        facts = {key: value for key, value in student["data"].items() if key != "class_names"}
-        kept = dict(entry=entry.name, teacher=configs["teacher"]["arch"], flags_of_student=flags, data=facts)
-        kept |= dict(seeds=entry.seeds, test_accuracy=accuracy["test"], train_accuracy=accuracy["train"], claims=rows)
-        file = folder / f"{entry.name.replace('/', '-')}.json"
-        runs.write_json(file, dict(kept, training_seconds=seconds, versions=student["versions"]))
-        print(f"{entry.name}: {file}")
-
-
 # ---------------------------------------------------------------- running
 
 
@@ -442,7 +404,6 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print every run, its state and its estimated time here, and stop")
-    add("--keep", metavar="DIR", help="write a small JSON of each finished entry into this folder, and stop")
     recipe = "recipe of the image runs, language has one of its own; cpu: the grid for two cores"
     add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help=recipe)
     seeds = "every entry is trained for each (default: 0 1 2; of the cpu recipe as its grid says)"
@@ -468,8 +429,6 @@ def main(argv=None):
     entries = [entry for entry in entries if not args.only or any(part in entry.name for part in args.only)]
     if not entries:
         raise runs.InputError(f"no entry's name contains {' or '.join(args.only)}: --dry-run prints them")
-    if args.keep:
-        return keep(Path(args.keep), entries)
     if args.shard:
         entries = part_of(args.shard, entries)
     if args.dry_run:

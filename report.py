@@ -2,6 +2,8 @@
 
     make report                                          # writes results/index.html
     python report.py --runs runs more/runs --results results more/results --out results/all
+    python report.py --keep docs/results/digits.json     # the same as a small JSON and a picture, to be published
+    python report.py --docs docs                         # docs/results.md and README's table from docs/results/*.json
 
 Reads what the other scripts left and trains nothing. The page is one file without scripts that needs no network; its
 layout is report.html.jinja. A damaged file or an unfinished run is left out, and the page names it.
@@ -11,12 +13,13 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
-from PIL import Image
+from PIL import Image, ImageOps
 
 import claims
 import engine
@@ -64,12 +67,13 @@ def read_run(folder):
     """A finished run: all that the page shows of it but its teacher, for which see `find_teachers`."""
     config = runs.read_config(folder)
     flags, facts, data = config["flags"], config["facts"], config["data"]
-    accuracy = None  # pretraining has none, and leaves no logits
+    hits = None  # pretraining leaves no logits
     if config["role"] != "mlm":
         runs.finished_config(folder)
-        accuracy = runs.last_metrics(folder)["test_acc"]
+        arrays = runs.read_npz(folder / "logits.npz", ("test_logits", "test_labels"))
+        hits = arrays["test_logits"].argmax(1) == arrays["test_labels"]
     lines = runs.read_metrics(folder)
-    run = SimpleNamespace(path=folder, facts=facts, accuracy=accuracy)
+    run = SimpleNamespace(path=folder, facts=facts, hits=hits)
     run.hardware = f"{config['versions']['hardware']}, torch {config['versions']['torch']}"
     run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
     run.kind, run.text = kind_of(config, lines[-1]["step"])
@@ -164,7 +168,7 @@ def read_figure(file):
     """A figure: caption, picture, thumbnail, and the command that made it (empty when not recorded)."""
     image = Image.open(file)
     picture = image.convert("RGBA")
-    figure = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
+    figure = SimpleNamespace(file=file, folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
     figure.command = str(image.info.get("Command", ""))
     figure.source, figure.thumbnail = webp(picture, 1600), webp(picture, 200)
     return figure
@@ -206,15 +210,15 @@ def run_tables(trained):
     """
     groups, tables = {}, {}
     for run in trained:
-        if run.accuracy is not None:
+        if run.hits is not None:
             key = (run.data, KINDS.index(run.kind), run.name, run.setting, run.teacher)
             groups.setdefault(key, []).append(run)
     for (data, *_), group in sorted(groups.items()):
         run = group[0]
         row = dict(plan=run.plan, seeds=len(group), paper=papers_accuracy(run))
-        row["name"] = run.name if len(group) > 1 else run.path
+        row["name"] = run.name if len(group) > 1 else run.path.as_posix()
         row["what"] = f"{run.text}, {run.teacher and run.teacher + ' → '}{run.network}"
-        row["ours"] = in_words(*claims.mean_interval([run.accuracy for run in group]), 100, 2)
+        row["ours"] = claims.cell(claims.accuracy([run.hits for run in group]), 100, 2)
         tables.setdefault(data, []).append(row)
     return tables
 
@@ -228,6 +232,85 @@ def papers_accuracy(run):
     return "–"
 
 
+# ---------------------------------------------------------------- results to publish
+
+OVERVIEW = ("fig1a", "fig1b", "pays", "classifiers")
+MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
+
+
+def keep(file, title, trained, tables, figures):
+    """Write claims, tables and runs as the JSON `file`, and OVERVIEW of the figures as a picture beside it."""
+    lines = {json.dumps(line): line["seconds"] for run in trained for line in runs.read_metrics(run.path)}
+    kept = dict(title=title, hardware=sorted({run.hardware for run in trained}), training_seconds=sum(lines.values()))
+    kept |= dict(runs=run_tables(trained), claims={}, tables={})
+    for table in tables:
+        name = f"{table.folder.parent.name}/{table.folder.name}"
+        kept["claims"][name] = runs.read_json(table.folder / "claims.json")
+        for text in sorted(table.folder.glob("*.md")):
+            if text.stem != "claims":
+                kept["tables"][f"{name}/{text.stem}"] = text.read_text(encoding="utf-8")
+    runs.write_json(file, kept)
+    files = {figure.file.stem: figure.file for figure in reversed(figures)}
+    pictures = [Image.open(files[stem]).convert("RGB") for stem in OVERVIEW if stem in files]
+    if pictures:
+        width, height = 1000, max(1000 * picture.height // picture.width for picture in pictures)
+        sheet = Image.new("RGB", (width * min(2, len(pictures)), height * math.ceil(len(pictures) / 2)), "white")
+        for k, picture in enumerate(pictures):
+            fitted = ImageOps.contain(picture, (width, height))
+            corner = (k % 2 * width + (width - fitted.width) // 2, k // 2 * height + (height - fitted.height) // 2)
+            sheet.paste(fitted, corner)
+        content = io.BytesIO()
+        sheet.save(content, "WEBP", quality=80, method=6)
+        runs.write_atomic(file.with_suffix(".webp"), lambda out: out.write(content.getvalue()))
+    print(f"kept: {file}")
+
+
+def side_by_side(kept):
+    """The headlines of all `kept` settings in one Markdown table, a column for each setting."""
+    cells, rows = {}, []
+    for k, setting in enumerate(kept):
+        for row in (row for table in setting["claims"].values() for row in table):
+            if "section" in row:
+                key = (row["section"], row["claim"])
+                if key not in cells:
+                    rows.append(row)
+                control = f" (control {row['control']})" if row["control"] else ""
+                cells.setdefault(key, {})[k] = f"{row['shown']}{control}, **{row['verdict']}**"
+    lines = []
+    for row in claims.headlines(rows):
+        found = [cells[row["section"], row["claim"]].get(k, "–") for k in range(len(kept))]
+        lines.append([row["section"], row["claim"], *found])
+    return claims.markdown_table(["", "claim", *(setting["title"] for setting in kept)], lines)
+
+
+def write_docs(folder):
+    """Write results.md into `folder`, and the table of headlines into the README above, from folder/results/*.json."""
+    files = sorted((folder / "results").glob("*.json"), key=lambda file: (file.stem != "digits", file))
+    kept = {file: runs.read_json(file) for file in files}
+    text = "# Results\n\nWritten by `make docs` from the JSON files in `docs/results/`. Brackets are 95% intervals.\n"
+    for file, setting in kept.items():
+        text += f"\n## {setting['title']}\n\n"
+        if setting["hardware"]:
+            hours = setting["training_seconds"] / 3600
+            text += f"Trained on {'; '.join(setting['hardware'])}, {hours:.1f} hours, one run after the other.\n\n"
+        if file.with_suffix(".webp").exists():
+            text += f"![Figures of {setting['title']}](results/{file.stem}.webp)\n\n"
+        for data, rows in setting["runs"].items():
+            lines = [[row["what"], row["plan"], row["seeds"], row["ours"], row["paper"]] for row in rows]
+            text += f"{data}:\n\n"
+            text += claims.markdown_table(["network", "schedule", "seeds", "test accuracy %", "paper %"], lines) + "\n"
+        for name, table in setting["tables"].items():
+            text += f"### {name}\n\n{table.strip()}\n\n"
+        for name, rows in setting["claims"].items():
+            text += f"### {name}: all claims\n\n{claims.claims_markdown(rows)}\n"
+    runs.write_text(folder / "results.md", text)
+    readme = folder.parent / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    table = side_by_side([setting for setting in kept.values() if setting["claims"]])
+    runs.write_text(readme, f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    print(f"written: {folder / 'results.md'} and the table in {readme}")
+
+
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
@@ -235,7 +318,12 @@ def main(argv=None):
     where = "where figures and claims lie (default: results)"
     add("--results", nargs="+", type=Path, default=[Path("results")], help=where)
     add("--out", type=Path, default=Path("results"), help="folder for index.html (default: results)")
+    add("--keep", type=Path, metavar="FILE", help="write a small JSON and a picture instead, to be published")
+    add("--title", help="what the kept results are of (default: the name of FILE)")
+    add("--docs", type=Path, metavar="DIR", help="write DIR/results.md and README's table from DIR/results/*.json")
     args = parser.parse_args(argv)
+    if args.docs:
+        return write_docs(args.docs)
     for folder in (*args.runs, *args.results):
         if not folder.is_dir() and folder not in (Path("runs"), Path("results")):
             raise runs.InputError(f"{folder} is not a folder: check --runs and --results")
@@ -249,6 +337,9 @@ def main(argv=None):
         nothing = "nothing to report: no run below --runs, no figure or claim below --results"
         raise runs.InputError(f"{nothing}; run make reproduce first, or give --runs and --results")
 
+    if args.keep:
+        args.keep.parent.mkdir(parents=True, exist_ok=True)
+        return keep(args.keep, args.title or args.keep.stem, trained, tables, figures)
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
     layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     parts = parts_of(figures, tables)

@@ -157,3 +157,14 @@ def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
         assert not plt.get_fignums()  # closed
     for name in ("f.png", "f.pdf"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_interval_of_an_accuracy_is_that_of_combine():
+    rng = np.random.default_rng(0)
+    hits = rng.random((3, 400)) < rng.random(400)
+    draws = [rng.integers(400, size=400) for _ in range(4000)]
+    seeds = [np.array([of_seed.mean(), *(of_seed[draw].mean() for draw in draws)]) for of_seed in hits]
+    expected, found = claims.combine(seeds), claims.accuracy(hits)
+    assert all(abs(found[key] - expected[key]) < 0.002 for key in ("value", "low", "high"))
+    one = claims.accuracy(hits[:1])  # points alone
+    assert 0 < one["high"] - one["value"] < 0.06

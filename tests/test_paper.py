@@ -283,39 +283,6 @@ def test_estimate_counts_steps_images_and_what_is_left(tmp_path, monkeypatch):
     assert paper.seconds_left(started._replace(flags=None)) is None and paper.in_words(None) == "not estimated"
 
 
-# ---------------------------------------------------------------- results to keep
-
-
-def test_keep_writes_what_is_finished_and_nothing_else(gridded, monkeypatch, capsys):
-    monkeypatch.chdir(gridded)
-    tiny = ["--recipe", "cpu", "--seeds", 0, *TINY[4:], "--only", "image/cifar10/resnet20"]
-    assert len(train(*tiny)) == 2
-    assert {path.name for path in Path("results/cpu/image/cifar10/resnet20").iterdir()} == {"fig1a", "fig1b"}
-    before = files_below(".")
-    assert train(*tiny[:-2], "--keep", "docs/results") == []
-    after = files_below(".")
-    name = Path("docs/results/image-cifar10-resnet20.json")
-    assert after.keys() - before.keys() == {name} and before.items() <= after.items()
-    assert "image/cifar100/resnet20: not finished" in capsys.readouterr().out
-
-    kept = runs.read_json(name)
-    folders = {what: f"runs/cpu-cifar10-resnet20-{what}-s0" for what in ("teacher", "onehot", "kd", "onehot2kd-0.5")}
-    measured = {what: [runs.last_metrics(run)["test_acc"]] for what, run in folders.items()}
-    assert kept["test_accuracy"] == {what: pytest.approx(accuracy) for what, accuracy in measured.items()}
-    assert kept["seeds"] == [0] and len(kept["train_accuracy"]["teacher"]) == 1
-    assert kept["teacher"] == "resnet20" and kept["flags_of_student"]["epochs"] == 2
-    assert kept["data"]["name"] == "cifar10" and "class_names" not in kept["data"]
-    spent = {what: [line["seconds"] for line in runs.read_metrics(run)] for what, run in folders.items()}
-    spent["onehot2kd-0.5"] = spent["onehot2kd-0.5"][1:]  # the epoch before is its trunk's
-    assert kept["training_seconds"] == pytest.approx(sum(map(sum, spent.values())))
-    for figure in ("fig1a", "fig1b"):
-        claims = runs.read_json(f"results/cpu/image/cifar10/resnet20/{figure}/claims.json")
-        found = [row for row in kept["claims"] if row["figure"] == figure]
-        assert [row["claim"] for row in found] == [row["claim"] for row in claims]
-        assert all(row.keys() == {"figure", "claim", "measured", "low", "high", "verdict"} for row in found)
-    assert {"hardware", "torch"} <= kept["versions"].keys()
-
-
 # ---------------------------------------------------------------- failures and signals
 
 

@@ -7,11 +7,12 @@ import os
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import one_line_error, run_cli
+from helpers import finished, one_line_error, run_cli
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -41,7 +42,9 @@ def write_run(folder, role="student", seed=0, accuracy=0.7, weights=None, switch
     runs.write_json(folder / "config.json", config)
     lines = [dict(epoch=k, step=10 * k, test_acc=accuracy) for k in (1, 2)]
     runs.write_metrics(folder, lines)
-    (folder / "logits.npz").write_bytes(b"")
+    # Of two classes, the second is predicted for all points.
+    logits = dict(test_logits=np.tile([0.0, 1.0], (1000, 1)), test_labels=np.arange(1000) < round(1000 * accuracy))
+    runs.write_npz(folder / "logits.npz", logits)
     if weights is not None:
         state = dict(w=torch.tensor([float(weights)]))
         torch.save(dict(model=state), folder / "checkpoint.pt")
@@ -149,8 +152,8 @@ def test_headlines_come_first_then_figures_claims_and_runs(tmp_path):
     # 95% interval of 70 and 72 with one degree of freedom: 71 ± 12.71.
     teacher, student = page.of("teacher, resnet56")[0], page.of("KD, T = 4, resnet56 → resnet56")[0]
     assert teacher[1:3] == student[1:3] == ["2 epochs, batch 512, lr 0.4, fp32", "2"]
-    assert teacher[3:] == ["71.00 [58.29, 83.71]", "72.52"]
-    assert student[3:] == ["74.00 [61.29, 86.71]", "74.55"]
+    assert teacher[3:] == ["71.00 [57.99, 84.01]", "72.52"]
+    assert student[3:] == ["74.00 [61.01, 86.99]", "74.55"]
     assert "Trained on Abacus 3000, torch 2.9.9." in page.text
 
 
@@ -205,7 +208,8 @@ def test_the_teacher_of_texts_is_found_by_its_logits(tmp_path):
     folder = tmp_path / "runs"
     write_run(folder / "t-s0", "teacher", arch="tiny")
     logits = np.arange(6, dtype=np.float32).reshape(3, 2)
-    np.savez(folder / "t-s0" / "logits.npz", train_logits=logits)
+    arrays = runs.read_npz(folder / "t-s0" / "logits.npz")
+    runs.write_npz(folder / "t-s0" / "logits.npz", dict(arrays, train_logits=logits))
     config = runs.read_json(folder / "t-s0" / "config.json")
     runs.write_json(folder / "t-s0" / "config.json", config | dict(facts=dict(tokens_sha256="0")))
     write_run(folder / "kd", sha=hashlib.sha256(logits.tobytes()).hexdigest(), arch="1x32")
@@ -223,13 +227,13 @@ def test_the_teacher_of_texts_is_found_by_its_logits(tmp_path):
 
 def test_what_is_damaged_is_left_out_alone_and_the_page_says_so(tmp_path, capsys):
     folder, results = tmp_path / "runs", tmp_path / "results"
-    for name in "good torn-config discarded unfinished no-metrics odd-data no-accuracy".split():
+    for name in "good torn-config discarded unfinished no-metrics odd-data no-test-logits".split():
         write_run(folder / name)
     (folder / "torn-config" / "config.json").write_text('{"role": "stu')
     runs.write_json(folder / "discarded" / "config.json", runs.DISCARDED)
     (folder / "unfinished" / "logits.npz").unlink()
     (folder / "no-metrics" / "metrics.jsonl").unlink()
-    runs.write_metrics(folder / "no-accuracy", [dict(epoch=1, step=1)])
+    runs.write_npz(folder / "no-test-logits" / "logits.npz", dict(train_logits=np.zeros((2, 2))))
     config = runs.read_json(folder / "odd-data" / "config.json")
     runs.write_json(folder / "odd-data" / "config.json", config | dict(data=dict(name=3)))
     for name in ("good", "torn-claims", "odd-claims", "other-claims", "odd-headline", "torn-figure", "empty-figure"):
@@ -324,3 +328,37 @@ def test_a_report_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
     write_results(tmp_path / "elsewhere", [claim("one")])
     report.main(["--results", "elsewhere", "--out", "a/b"])
     assert "a/b/index.html" in capsys.readouterr().out and (tmp_path / "a" / "b" / "index.html").exists()
+
+
+def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slope = claims.headline(claim(f"train: {SLOPE}"), "§3.1", dict(value=0.5, low=0.4, high=0.6))
+    spoken = claims.headline(claim(f"train: {SLOPE}", 0.7, 0.6, 0.8), "language")
+    write_results(tmp_path / "results" / "digits" / "fig1a", [slope, claim("only in the full table")])
+    write_results(tmp_path / "results" / "glue" / "tiny", [spoken])
+    (tmp_path / "results" / "digits" / "fig1a" / "statistics.md").write_text("| statistics |\n")
+    write_run(tmp_path / "runs" / "t")
+    lines = [dict(epoch=k, step=k, test_acc=0.7, seconds=1800.0) for k in (1, 2)]
+    runs.write_metrics(tmp_path / "runs" / "t", lines)
+    finished(report, "--keep", "docs/results/digits.json", "--title", "noisy digits")
+    assert Image.open("docs/results/digits.webp").width == 1000
+    runs.write_json("docs/results/other.json", dict(runs.read_json("docs/results/digits.json"), title="other"))
+    Path("README.md").write_text(f"before\n{report.MARKS[0]}\nold table\n{report.MARKS[1]}\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        finished(report, "--docs", "docs")
+        readme = Path("README.md").read_text()
+        assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old table" not in readme
+        here = "0.89 [0.84, 0.94] (control 0.50 [0.40, 0.60]), **fails**"
+        assert f"| §3.1 | train: {SLOPE} | {here} | {here} |" in readme
+        assert f"| language | train: {SLOPE} | 0.70 [0.60, 0.80], **fails** |" in readme
+    text = Path("docs/results.md").read_text()
+    for part in (
+        "## noisy digits",
+        "1.0 hours",
+        "70.00 [",
+        "only in the full table",
+        "| statistics |",
+        "(results/digits.webp)",
+    ):
+        assert part in text, part
+    assert text.index("## noisy digits") < text.index("## other")
