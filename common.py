@@ -696,15 +696,15 @@ OUT_HELP = "run folder; {seed} in it is the seed, else -s<seed> is appended to s
 def add_data_flags(parser):
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures)")
-    add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
+    add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures; default: digits)")
+    add("--data-dir", default="data", help="where datasets lie, and downloads go (default: data)")
     add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
     add(
         "--label-noise",
         type=number(float, 0, 1, open_high=True),
         help="share of training labels replaced by another class (default: 0.3 for digits, else 0)",
     )
-    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
+    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise (default: 0)")
     add("--image-size", type=number(int, 8, 4096), help="resize the pictures of folder:PATH to this side")
 
 
@@ -712,47 +712,63 @@ def add_flags(parser, out_help=OUT_HELP):
     """The flags of data, model, recipe and run. What a run depends on is what is defined here, and is compared."""
     add_data_flags(parser)
     add = parser.add_argument_group("model and training").add_argument
-    add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
-    add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the channels of the model")
-    add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the six flags below")
+    add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name> (default: resnet8)")
+    add(
+        "--width",
+        type=number(float, 0, 64, open_low=True),
+        default=1.0,
+        help="multiplies the channels of the model (default: 1)",
+    )
+    add(
+        "--recipe",
+        choices=("quick", "short", "paper"),
+        default="quick",
+        help="preset of the six flags below (default: quick)",
+    )
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along")
     add("--batch-size", type=number(int, 1), help="images per step; an epoch's last, incomplete batch is dropped")
     add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
     add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
-    add("--milestones", type=number(float, 0), nargs="*", help="epochs at which the step schedule multiplies by 0.1")
+    add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
     add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
-    add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
-    add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="L2 weight decay on all parameters")
+    add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum (default: 0.9)")
+    add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="on all parameters (default: 5e-4)")
     kept = "shares of training at which to keep the state, for the scripts that go on from there"
-    add("--snapshot-at", type=number(float, 0, 1), nargs="*", default=[], help=kept)
+    add("--snapshot-at", type=number(float, 0, 1), nargs="*", metavar="SHARE", default=[], help=kept)
     precision = "auto: bf16 autocast on CUDA and on CPUs with bf16 arithmetic (not for digits), else fp32"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
-    add = parser.add_argument_group("run").add_argument
-    add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="one run for each seed")
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add(
+        "--seeds",
+        "--seed",
+        type=number(int, 0),
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="one run for each (default: 0)",
+    )
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
     add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: about 20 in a run)")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
     add("--tensorboard", action="store_true", help="write the curves for TensorBoard too, into the run folder")
-    add_device_flag(parser)
+    add_device_flag(group)
     fast = "compile the model and, on CUDA, run each step as one CUDA graph (default: on CUDA)"
     add("--fast", action=argparse.BooleanOptionalAction, help=fast)
 
 
-def add_device_flag(parser):
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is")
+def add_device_flag(group):
+    choices = ("auto", "cpu", "cuda")
+    group.add_argument("--device", choices=choices, default="auto", help="auto (the default) takes CUDA where it is")
 
 
 def add_process_flags(parser):
     """--jobs and --shard, for the scripts that train a run for each seed."""
-    add = parser.add_argument
-    add(
-        "--jobs",
-        type=number(int, 1, 1000),
-        default=1,
-        help="train that many seeds at a time, in processes of their own",
-    )
+    add = parser.add_argument_group("processes").add_argument
+    jobs = "train that many seeds at a time, each in a process of its own (default: 1)"
+    add("--jobs", type=number(int, 1, 1000), default=1, help=jobs)
     shard = "i/n: train every n-th seed, from the i-th on (from 0): one of n jobs that know nothing of each other"
     add("--shard", type=runs.shard, default=(0, 1), help=shard)
 

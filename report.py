@@ -285,14 +285,16 @@ def side_by_side(kept):
 
 def write_docs(folder):
     """Write results.md into `folder`, and the table of headlines into the README above, from folder/results/*.json."""
-    files = sorted((folder / "results").glob("*.json"), key=lambda file: (file.stem != "digits", file))
+    files = sorted(
+        (folder / "results").glob("*.json"), key=lambda file: (file.stem == "earlier", file.stem != "digits", file)
+    )
     kept = {file: runs.read_json(file) for file in files}
     text = "# Results\n\nWritten by `make docs` from the JSON files in `docs/results/`. Brackets are 95% intervals.\n"
     for file, setting in kept.items():
         text += f"\n## {setting['title']}\n\n"
         if setting["hardware"]:
-            hours = setting["training_seconds"] / 3600
-            text += f"Trained on {'; '.join(setting['hardware'])}, {hours:.1f} hours, one run after the other.\n\n"
+            hours = f", {setting['training_seconds'] / 3600:.1f} hours" if setting["training_seconds"] else ""
+            text += f"Trained on {'; '.join(setting['hardware'])}{hours}.\n\n"
         if file.with_suffix(".webp").exists():
             text += f"![Figures of {setting['title']}](results/{file.stem}.webp)\n\n"
         for data, rows in setting["runs"].items():
