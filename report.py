@@ -13,7 +13,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,7 +233,7 @@ def papers_accuracy(run):
 
 # ---------------------------------------------------------------- results to publish
 
-OVERVIEW = ("fig1a", "fig1b", "pays", "classifiers")
+OVERVIEW = ("fig1a", "classifiers", "fig1b", "pays")
 MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
 
 
@@ -253,13 +252,15 @@ def keep(file, title, trained, tables, figures):
     files = {figure.file.stem: figure.file for figure in reversed(figures)}
     pictures = [Image.open(files[stem]).convert("RGB") for stem in OVERVIEW if stem in files]
     if pictures:
-        width, height = 1000, max(1000 * picture.height // picture.width for picture in pictures)
-        sheet = Image.new("RGB", (width * min(2, len(pictures)), height * math.ceil(len(pictures) / 2)), "white")
-        for k, picture in enumerate(pictures):
-            fitted = ImageOps.contain(picture, (width, height))
-            corner = (k % 2 * width + (width - fitted.width) // 2, k // 2 * height + (height - fitted.height) // 2)
-            sheet.paste(fitted, corner)
-        content = io.BytesIO()
+        width, content = 1000, io.BytesIO()
+        fitted = [ImageOps.contain(picture, (width, width)) for picture in pictures]
+        rows = [fitted[k : k + 2] for k in range(0, len(fitted), 2)]
+        heights = [max(picture.height for picture in row) for row in rows]
+        sheet = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
+        for r, row in enumerate(rows):
+            for c, picture in enumerate(row):
+                left, top = (width - picture.width) // 2, (heights[r] - picture.height) // 2
+                sheet.paste(picture, (c * width + left, sum(heights[:r]) + top))
         sheet.save(content, "WEBP", quality=80, method=6)
         runs.write_atomic(file.with_suffix(".webp"), lambda out: out.write(content.getvalue()))
     print(f"kept: {file}")
