@@ -69,7 +69,7 @@ GLUE_FLAGS ?=
 fig-glue: .venv/ready
 	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --quiet $(GLUE_FLAGS)
 
-# Figures 1a and 1b of 10,000 CIFAR-100 images on two CPU cores, two seeds side by side, about 90 minutes.
+# Figures 1a and 1b of 10,000 CIFAR-100 images on two CPU cores, two seeds side by side, two hours or more.
 cifar100-cpu: .venv/ready
 	env -u OMP_NUM_THREADS $(PY) paper.py --recipe cpu --only image/cifar100/resnet20 --data-dir "$(DATA_DIR)"
 
