@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,6 +308,7 @@ def test_a_script_that_fails_is_told_and_a_signal_passed_on(tmp_path, capfd):
     script.write_text("import os; os.kill(os.getpid(), 9)")
     assert "killed by signal 9" in paper.execute([str(script)])
     saved = tmp_path / "saved"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     script.write_text(
         "import os, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'w').close(), sys.exit(130)))\n"
