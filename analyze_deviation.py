@@ -206,12 +206,7 @@ def load_array(path):
 def load_tensor(path):
     """The one tensor in a file of torch.save or safetensors as an array; no code in it is run."""
     with runs.reading(path, "save the tensor itself, with torch.save or safetensors"):
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = runs.load_tensors(path)
         tensors = list(found.values()) if isinstance(found, dict) else [found]
         if len(tensors) != 1 or not torch.is_tensor(tensors[0]):
             raise ValueError("it holds other things than one tensor")

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -227,17 +226,8 @@ class TeacherFromElsewhere(nn.Module):
 
 def read_state(file):
     """{name: tensor} of a file of weights: a state dict or a checkpoint that holds one. No code in it is run."""
-    file = Path(file)
     with runs.reading(file, "give a state dict, as torch.save(model.state_dict(), FILE) writes it"):
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # torch's own advice here is to load it with its code
-                raise ValueError("it is damaged, or holds more than tensors, which is never loaded") from None
+        state = runs.load_tensors(file)
         for key in ("state_dict", "model_state_dict", "model", "net"):
             state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
         if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):

@@ -342,6 +342,12 @@ def dry_run(entries):
         print(line)
 
 
+@functools.cache
+def checkpoint_bytes(arch, classes, side, width):
+    """Bytes of a checkpoint: float32 weights and momentum."""
+    return 8 * sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
+
+
 def scale(entries, left):
     """Lines that say how devices share the times `left` {run folder: seconds}, and what all runs take of the disk."""
     units, sizes, tables = {}, {}, {}  # of --shard; of checkpoints; of teacher logits, which students of a seed share
@@ -351,8 +357,7 @@ def scale(entries, left):
             units.setdefault((data, run.seed), {})[run.folder] = left[run.folder] or 0.0
             if run.flags and common.dataset_of(run.flags.data).size:
                 images, _, side, classes = common.dataset_of(run.flags.data).size
-                model = common.build_model(run.flags.arch, classes, (side, side, 3), run.flags.width)
-                sizes[run.folder] = 8 * sum(p.numel() for p in model.parameters())  # weights and momentum
+                sizes[run.folder] = checkpoint_bytes(run.flags.arch, classes, side, run.flags.width)
                 if run.teacher:
                     number = 2 if run.flags.precision == "bf16" else 4
                     table = run.flags.epochs * (run.flags.subset or images) * classes * number

@@ -72,7 +72,7 @@ def read_run(folder):
         arrays = runs.read_npz(folder / "logits.npz", ("test_logits", "test_labels"))
         hits = arrays["test_logits"].argmax(1) == arrays["test_labels"]
     lines = runs.read_metrics(folder)
-    run = SimpleNamespace(path=folder, facts=facts, hits=hits)
+    run = SimpleNamespace(path=folder, facts=facts, hits=hits, lines=lines)
     run.hardware = f"{config['versions']['hardware']}, torch {config['versions']['torch']}"
     run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
     run.kind, run.text = kind_of(config, lines[-1]["step"])
@@ -167,7 +167,7 @@ def read_figure(file):
     """A figure: caption, picture, thumbnail, and the command that made it (empty when not recorded)."""
     image = Image.open(file)
     picture = image.convert("RGBA")
-    figure = SimpleNamespace(file=file, folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
+    figure = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
     figure.command = str(image.info.get("Command", ""))
     figure.source, figure.thumbnail = webp(picture, 1600), webp(picture, 200)
     return figure
@@ -237,9 +237,13 @@ OVERVIEW = ("fig1a", "classifiers", "fig1b", "pays")
 MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
 
 
-def keep(file, title, trained, tables, figures):
-    """Write claims, tables and runs as the JSON `file`, and OVERVIEW of the figures as a picture beside it."""
-    lines = {json.dumps(line): line["seconds"] for run in trained for line in runs.read_metrics(run.path)}
+def read_picture(file):
+    return Image.open(file).convert("RGB")
+
+
+def keep(file, title, trained, tables, pictures, skipped):
+    """Write claims, tables and runs as the JSON `file`, and OVERVIEW of the PNG files `pictures` as one beside it."""
+    lines = {json.dumps(line): line["seconds"] for run in trained for line in run.lines}
     kept = dict(title=title, hardware=sorted({run.hardware for run in trained}), training_seconds=sum(lines.values()))
     kept |= dict(runs=run_tables(trained), claims={}, tables={})
     for table in tables:
@@ -249,11 +253,11 @@ def keep(file, title, trained, tables, figures):
             if text.stem != "claims":
                 kept["tables"][f"{name}/{text.stem}"] = text.read_text(encoding="utf-8")
     runs.write_json(file, kept)
-    files = {figure.file.stem: figure.file for figure in reversed(figures)}
-    pictures = [Image.open(files[stem]).convert("RGB") for stem in OVERVIEW if stem in files]
-    if pictures:
+    files = {picture.stem: picture for picture in reversed(pictures)}
+    shown = read_all(read_picture, [files[stem] for stem in OVERVIEW if stem in files], skipped)
+    if shown:
         width, content = 1000, io.BytesIO()
-        fitted = [ImageOps.contain(picture, (width, width)) for picture in pictures]
+        fitted = [ImageOps.contain(picture, (width, width)) for picture in shown]
         rows = [fitted[k : k + 2] for k in range(0, len(fitted), 2)]
         heights = [max(picture.height for picture in row) for row in rows]
         sheet = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
@@ -335,14 +339,15 @@ def main(argv=None):
     trained = read_all(read_run, sorted(file.parent for file in files_below(args.runs, "config.json")), skipped)
     find_teachers(trained, skipped)
     tables = read_all(read_claims, sorted(files_below(args.results, "claims.json"), key=page_order), skipped)
-    figures = read_all(read_figure, sorted(files_below(args.results, "*.png"), key=page_order), skipped)
-    if not (trained or tables or figures or skipped):
+    pictures = sorted(files_below(args.results, "*.png"), key=page_order)
+    if not (trained or tables or pictures or skipped):
         nothing = "nothing to report: no run below --runs, no figure or claim below --results"
         raise runs.InputError(f"{nothing}; run make reproduce first, or give --runs and --results")
 
     if args.keep:
         args.keep.parent.mkdir(parents=True, exist_ok=True)
-        return keep(args.keep, args.title or args.keep.stem, trained, tables, figures)
+        return keep(args.keep, args.title or args.keep.stem, trained, tables, pictures, skipped)
+    figures = read_all(read_figure, pictures, skipped)
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
     layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     parts = parts_of(figures, tables)

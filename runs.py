@@ -246,6 +246,18 @@ def read_npz(path, keys=None):
         return arrays
 
 
+def load_tensors(file, device="cpu"):
+    """What torch.save or safetensors wrote; no code in it is run. Within `reading`, which says what cannot be read."""
+    if str(file).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:  # torch's own advice here is to load it with its code
+        raise ValueError("it is damaged, or holds more than tensors and numbers, which is never loaded") from None
+
+
 def load_checkpoint(path, device="cpu"):
     """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn or has changed."""
     with reading(path, "train that run again with --overwrite"):
@@ -253,10 +265,7 @@ def load_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip():  # torch.load does not compare the checksums that torch.save writes
                 raise ValueError("a checksum does not fit")
-        try:
-            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except pickle.UnpicklingError:  # torch's own advice here is to load it with its code
-            raise ValueError("it is damaged, or holds more than tensors and numbers, which is never loaded") from None
+        state = load_tensors(io.BytesIO(content), device)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dictionary")
         return state
