@@ -399,12 +399,12 @@ def main(argv=None):
     add("--student-logits", metavar="FILE", help="the student's of the same points")
     add("--control-logits", metavar="FILE", help="a one-hot network's of the same points")
     add("--labels", metavar="FILE", help="true class of each point, integers [N]")
-    add("--split", default="test", help="what to call these points (default: test)")
+    add("--split", default="test", help="what to call these points")
     add = parser.add_argument_group("output").add_argument
     add("--title", help="title of the figure")
-    draws = "bootstrap draws behind each interval (default: 2000)"
+    draws = "bootstrap draws behind each interval"
     add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figure, statistics and claims (default: results/fig1a)"
+    folder = "folder for figure, statistics and claims"
     add("--out", metavar="FOLDER", default="results/fig1a", help=folder)
     args = parser.parse_args(argv)
     of_runs = (args.teacher, args.student, args.control)

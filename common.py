@@ -696,15 +696,15 @@ OUT_HELP = "run folder; {seed} in it is the seed, else -s<seed> is appended to s
 def add_data_flags(parser):
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures; default: digits)")
-    add("--data-dir", default="data", help="where datasets lie, and downloads go (default: data)")
+    add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures)")
+    add("--data-dir", default="data", help="where datasets lie, and downloads go")
     add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
     add(
         "--label-noise",
         type=number(float, 0, 1, open_high=True),
         help="share of training labels replaced by another class (default: 0.3 for digits, else 0)",
     )
-    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise (default: 0)")
+    add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
     add("--image-size", type=number(int, 8, 4096), help="resize the pictures of folder:PATH to this side")
 
 
@@ -712,18 +712,18 @@ def add_flags(parser, out_help=OUT_HELP):
     """The flags of data, model, recipe and run. What a run depends on is what is defined here, and is compared."""
     add_data_flags(parser)
     add = parser.add_argument_group("model and training").add_argument
-    add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name> (default: resnet8)")
+    add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
     add(
         "--width",
         type=number(float, 0, 64, open_low=True),
         default=1.0,
-        help="multiplies the channels of the model (default: 1)",
+        help="multiplies the channels of the model",
     )
     add(
         "--recipe",
         choices=("quick", "short", "paper"),
         default="quick",
-        help="preset of the six flags below (default: quick)",
+        help="preset of the six flags below",
     )
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along")
     add("--batch-size", type=number(int, 1), help="images per step; an epoch's last, incomplete batch is dropped")
@@ -732,8 +732,8 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
     add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
-    add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum (default: 0.9)")
-    add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="on all parameters (default: 5e-4)")
+    add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
+    add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="on all parameters")
     kept = "shares of training at which to keep the state, for the scripts that go on from there"
     add("--snapshot-at", type=number(float, 0, 1), nargs="*", metavar="SHARE", default=[], help=kept)
     precision = "auto: bf16 autocast on CUDA and on CPUs with bf16 arithmetic (not for digits), else fp32"
@@ -747,7 +747,7 @@ def add_flags(parser, out_help=OUT_HELP):
         nargs="+",
         default=[0],
         metavar="SEED",
-        help="one run for each (default: 0)",
+        help="one run for each",
     )
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
@@ -767,9 +767,9 @@ def add_device_flag(group):
 def add_process_flags(parser):
     """--jobs and --shard, for the scripts that train a run for each seed."""
     add = parser.add_argument_group("processes").add_argument
-    jobs = "train that many seeds at a time, each in a process of its own (default: 1)"
+    jobs = "train that many seeds at a time, each in a process of its own"
     add("--jobs", type=number(int, 1, 1000), default=1, help=jobs)
-    shard = "i/n: train every n-th seed, from the i-th on (from 0): one of n jobs that know nothing of each other"
+    shard = "i/n: train every n-th seed alone, from the i-th on (from 0), one of n machines (default: all)"
     add("--shard", type=runs.shard, default=(0, 1), help=shard)
 
 

@@ -605,13 +605,13 @@ def add_measuring_flags(parser):
     """The flags that say what is measured. What is defined here is compared with what is kept of a seed."""
     add = parser.add_argument_group("measuring").add_argument
     share = number(float, 0, 100, open_low=True, open_high=True)
-    percents = "shares of the steps at which to measure, besides 0 and 100 (default: %(default)s)"
+    percents = "shares of the steps at which to measure, besides 0 and 100"
     add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help=percents)
-    points = "random training images with per-example gradients; 0 for all (default: %(default)s)"
+    points = "random training images with per-example gradients; 0 for all"
     add("--points", type=number(int, 0), default=0, help=points)
-    held_out = "the first so many test images as held-out data; 0 for all (default: %(default)s)"
+    held_out = "the first so many test images as held-out data; 0 for all"
     add("--held-out", type=number(int, 0), default=2000, help=held_out)
-    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size (default: %(default)s)")
+    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 
 def main(argv=None):
@@ -620,7 +620,7 @@ def main(argv=None):
     add_student_flags(parser)
     add_measuring_flags(parser)
     add = parser.add_argument_group("run folders").add_argument
-    add("--runs", default="runs", help="folder in which run folders are looked for and made (default: %(default)s)")
+    add("--runs", default="runs", help="folder in which run folders are looked for and made")
     for what in LOSSES:
         add(f"--{what}", help=f"run folder of the {what} student; {{seed}} stands for the seed (default: in --runs)")
     common.add_process_flags(parser)

@@ -738,28 +738,24 @@ def draw(level, results, data, args):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_data_flags(parser)
-    group = parser.add_argument_group("eigenspace")
-
-    def add(flag, default, text, **more):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default or "by architecture"
-        group.add_argument(flag, default=default, help=f"{text} (default: {shown})", **more)
-
-    add("--level", "all", "which of the three levels", choices=(*LEVELS, "all"))
+    add = parser.add_argument_group("the three levels").add_argument
+    positive = number(float, 0, 1e30, open_low=True)
+    add("--level", choices=(*LEVELS, "all"), default="all", help="which of the three levels")
     archs = f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>"
-    add("--archs", list(CLASSIFIERS), archs, nargs="+")
-    add("--ntk-arch", "resnet8", "ntk: the network")
-    add("--points", 500, "ntk: training images, class-balanced", type=number(int, 20))
-    add("--memory-gb", 8.0, "ntk: refuse larger kernels, in GiB", type=number(float, 0, open_low=True))
-    add("--width", 0.5, "multiplies the channels of the models", type=number(float, 0, 64, open_low=True))
-    add("--buckets", 4, "eigen-buckets", type=number(int, 2, 100))
-    add("--steps", None, "steps of the teacher", type=number(int, 2))
-    lr = "learning rate; classifiers: in units of 1/λ1"
-    add("--lr", None, lr, type=number(float, 0, 1e30, open_low=True))
-    add("--batch-size", 250, "images per step, 0 for all", type=number(int, 0))
-    add("--temperature", 4.0, "of the networks not at T = 1", type=number(float, 0, 1e6, open_low=True))
-    add("--seeds", [0, 1, 2, 3, 4], "what the intervals are over", type=number(int, 0), nargs="+")
-    add("--out", "results/eigenspace", "folder; finished seeds in it are not repeated")
-    group.add_argument("--overwrite", action="store_true", help="repeat finished seeds")
+    add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
+    add("--ntk-arch", default="resnet8", help="ntk: the network")
+    add("--points", type=number(int, 20), default=500, help="ntk: training images, class-balanced")
+    add("--memory-gb", type=positive, default=8.0, help="ntk: refuse larger kernels, in GiB")
+    add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
+    add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
+    add("--steps", type=number(int, 2), help="steps of the teacher (default: by architecture)")
+    rate = "learning rate; classifiers: in units of 1/λ1 (default: by architecture)"
+    add("--lr", type=positive, help=rate)
+    add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
+    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="of the networks not at T = 1")
+    add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="what the intervals are over")
+    add("--out", default="results/eigenspace", help="folder; finished seeds in it are not repeated")
+    add("--overwrite", action="store_true", help="repeat finished seeds")
     common.add_process_flags(parser)
     common.add_device_flag(parser)
     args = parser.parse_args(argv)

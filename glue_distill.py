@@ -832,29 +832,29 @@ def parse(argv):
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
     add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
-    add("--subset", type=number(int, 0), default=0, help="train on that many texts (default: 0, all)")
+    add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
-    add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most (default: 128)")
+    add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most")
     add = parser.add_argument_group("networks and losses").add_argument
     known = f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN (default: tiny)"
     add("--teacher", default="tiny", help=known)
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
     how = f"how students are trained, of {', '.join(MODES)} (default: all)"
     add("--mode", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=how)
-    shares = "shares of training before the switch (default: 0.5)"
+    shares = "shares of training before the switch"
     add("--switch-at", type=open_share, nargs="+", default=[0.5], metavar="S", help=shares)
-    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term (default: 1)")
-    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it (default: 0)")
-    softens = "softens teacher and student in the distillation term (default: 2)"
+    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
+    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
+    softens = "softens teacher and student in the distillation term"
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
     add = parser.add_argument_group("training").add_argument
-    masked = "epochs of masked-language modelling before, from scratch alone (default: 8)"
+    masked = "epochs of masked-language modelling before, from scratch alone"
     add("--mlm-epochs", type=number(int, 0), default=8, help=masked)
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
-    add("--batch-size", type=number(int, 1), default=32, help="texts per step (default: 32)")
+    add("--batch-size", type=number(int, 1), default=32, help="texts per step")
     peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
     add("--lr", type=positive, help=peak)
-    warmup = "share of training with linear warm-up; then linear decay to 0 (default: 0.06)"
+    warmup = "share of training with linear warm-up; then linear decay to 0"
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help=warmup)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
     add = parser.add_argument_group("run").add_argument
@@ -862,7 +862,7 @@ def parse(argv):
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    draws = "bootstrap draws behind each interval (default: 1000)"
+    draws = "bootstrap draws behind each interval"
     add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help=draws)
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     common.add_device_flag(parser)

@@ -321,10 +321,10 @@ def write_docs(folder):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
-    add("--runs", nargs="+", type=Path, default=[Path("runs")], help="where run folders lie (default: runs)")
-    where = "where figures and claims lie (default: results)"
+    add("--runs", nargs="+", type=Path, default=[Path("runs")], help="where run folders lie")
+    where = "where figures and claims lie"
     add("--results", nargs="+", type=Path, default=[Path("results")], help=where)
-    add("--out", type=Path, default=Path("results"), help="folder for index.html (default: results)")
+    add("--out", type=Path, default=Path("results"), help="folder for index.html")
     add("--keep", type=Path, metavar="FILE", help="write a small JSON and a picture instead, to be published")
     add("--title", help="what the kept results are of (default: the name of FILE)")
     add("--docs", type=Path, metavar="DIR", help="write DIR/results.md and README's table from DIR/results/*.json")

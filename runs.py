@@ -5,7 +5,6 @@ and logits.npz, which is written last and so says that the run is finished. To c
 """
 
 import argparse
-import functools
 import hashlib
 import io
 import json
@@ -122,13 +121,27 @@ def print_next(args, script, *more):
 # ---------------------------------------------------------------- flags
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default, unless its help says so itself (where the default depends on other flags)."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_help_string(self, action):
+        default = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        if default in ([], [None]) or any(isinstance(value, bool) for value in default):
+            return action.help  # not given, or a switch
+        if "default" in action.help or action.default is argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+        return f"{action.help} (default: {shown})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that answers a bad flag with one line and exit code 2."""
 
     def __init__(self, docstring):
-        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
-        more = dict(usage="%(prog)s [flags]", formatter_class=formatter, allow_abbrev=False)
-        super().__init__(description=docstring, **more)
+        super().__init__(description=docstring, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))

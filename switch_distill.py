@@ -271,14 +271,14 @@ def parse(argv):
     add, every = parser.add_argument_group("switches and results").add_argument, list(SWITCHES)
     which = f"which switches to train, of {', '.join(every)} (default: both)"
     add("--direction", choices=every, nargs="+", default=every, metavar="WHICH", help=which)
-    shares = "shares of training before the switch; 0 and 1 are the pure runs (default: 0 0.25 0.5 0.75 0.9 1)"
+    shares = "shares of training before the switch; 0 and 1 are the pure runs"
     default = [0, 0.25, 0.5, 0.75, 0.9, 1]
     add("--switch-at", type=number(float, 0, 1), nargs="+", default=default, metavar="S", help=shares)
-    window = "steps over which the weights move linearly to the new loss (default: 0, at once)"
+    window = "steps over which the weights move linearly to the new loss (0: at once)"
     add("--window", type=number(int, 0), default=0, metavar="STEPS", help=window)
-    draws = "bootstrap draws behind each interval (default: 2000)"
+    draws = "bootstrap draws behind each interval"
     add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figures, tables and claims (default: results/fig1b)"
+    folder = "folder for figures, tables and claims"
     add("--results", default="results/fig1b", metavar="FOLDER", help=folder)
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:

@@ -29,9 +29,9 @@ def add_student_flags(parser):
     """The flags of distillation, beside those of `common.add_flags`. What is defined here goes into config.json."""
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher", help="run folder of a finished teacher; {seed} in it stands for the seed")
-    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term (default: 1)")
-    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term (default: 0)")
-    temperature = "softens teacher and student in the distillation term (default: 4)"
+    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
+    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term")
+    temperature = "softens teacher and student in the distillation term"
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help=temperature)
     cache = "look teacher logits up in a table instead of computing them in every step (auto: where that saves time)"
     add("--teacher-cache", choices=("auto", "on", "off"), default="auto", help=cache)

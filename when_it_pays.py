@@ -150,12 +150,12 @@ def main(argv=None):
     add_student_flags(parser)
     common.add_process_flags(parser)
     add = parser.add_argument_group("stopped teachers and results").add_argument
-    at = "shares of training after which the teacher is stopped (default: 0.1 0.2 0.4 0.7 1)"
+    at = "shares of training after which the teacher is stopped"
     share, default = number(float, 0, 1, open_low=True), [0.1, 0.2, 0.4, 0.7, 1]
     add("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
-    draws = "bootstrap draws behind each interval (default: 2000)"
+    draws = "bootstrap draws behind each interval"
     add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figure, tables and claims (default: results/pays)"
+    folder = "folder for figure, tables and claims"
     add("--results", default="results/pays", metavar="FOLDER", help=folder)
     args = engine.resolve(parser.parse_args(argv))
     if args.teacher or not args.kd_weight or "{seed}" in (args.out or ""):
