@@ -430,9 +430,11 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         fits = isinstance(step, int) and 0 <= step <= total and epochs == list(range(1, step // per_epoch + 1))
         if not fits or not all(isinstance(value, (int, float)) for line in history for value in line.values()):
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
-        for parameter, kept in optimizer.state.items():  # load_state_dict takes any shape
+        for parameter, kept in optimizer.state.items():  # load_state_dict takes any shape, and None
             for name, value in kept.items():
                 shape = torch.Size([]) if name == "step" else parameter.shape
+                if value is None and groups[0].get("momentum", 0) > 0:
+                    raise ValueError("the optimiser's state lacks its momentum")
                 if value is not None and value.reshape(shape).shape != value.shape:
                     raise ValueError("the optimiser's state has other shapes than the weights")
         torch.set_rng_state(state["rng"].cpu())

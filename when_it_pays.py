@@ -49,17 +49,20 @@ def student_folder(base, share, seed):
     return Path(f"{base}-kd-s{seed}" if share == 1 else f"{base}-kd-of-{share:g}-s{seed}")
 
 
-def train_seed(base, args, seed, data, shares):
-    """Train teacher, one-hot control and the student of each stopped teacher; returns `points_of` for each share."""
+def train_seed(base, args, seed, data, shares, source):
+    """Train teacher, one-hot control and the student of each stopped teacher; returns `points_of` for each share.
+
+    source: of the teacher logits, see `engine.teacher_source`.
+    """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
     train_teacher(teacher_run, args, seed, data)
     one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
     train_student(control, one_hot, seed, data)
-    points = []
+    points, tables = [], Path(base).parent / "teacher-logits"
     for share, step in shares.items():
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
-        train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision))
+        train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, source, tables))
         points.append(points_of(model, data, student, control))
     return points
 
@@ -164,7 +167,9 @@ def main(argv=None):
     data = common.data_from(args)
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
-    _, total = common.total_steps(args, data)
+    per_epoch, total = common.total_steps(args, data)
+    epochs = total / per_epoch  # each teacher serves one student
+    source = engine.teacher_source(args, data, epochs, epochs, Path(base).parent / "teacher-logits")
     shares = {share: max(1, round(share * total)) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     seeds = engine.shard_of(args)
@@ -172,7 +177,7 @@ def main(argv=None):
     shared = [Path(f"{base}-{name}-s{seed}") for seed in seeds for name in ("teacher", "onehot")]
     runs.discard_runs(args, students + shared)
     engine.run_jobs(args)
-    points = [train_seed(base, args, seed, data, shares) for seed in seeds]
+    points = [train_seed(base, args, seed, data, shares, source) for seed in seeds]
     if seeds != args.seeds:
         print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
         return

@@ -145,6 +145,18 @@ def test_a_checkpoint_holds_the_random_state_of_its_own_device_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected) and restored[:3] == (3, [], 0.5)
 
 
+def test_a_checkpoint_that_lacks_its_momentum_is_refused(tmp_path):
+    # On CUDA the fused optimiser would raise a TypeError in the first step.
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["momentum_buffer"] = None
+    engine.save_state(tmp_path / "c.pt", model, optimizer, step=3, history=[], spent=0.5, sums=torch.ones(3))
+    with pytest.raises(runs.InputError, match="lacks its momentum.*--overwrite"):
+        engine.restore_state(tmp_path / "c.pt", model, optimizer, 4, 8, torch.device("cpu"))
+
+
 def parts_of(value, path=()):
     """Paths of everything within nested dicts and lists."""
     if isinstance(value, dict):
