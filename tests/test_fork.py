@@ -1,4 +1,4 @@
-"""The worked examples of docs/fork.md: each patch applies to a copy and does what it says, in at most 12 lines."""
+"""The pages: each patch of docs/fork.md applies to a copy and does what it says, in at most 12 lines; links lead to files."""
 
 import json
 import re
@@ -43,3 +43,10 @@ def test_a_patch_works(name, patch, tiny_runs, tmp_path):
         assert plain.returncode == 0, plain.stderr
         losses = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("r", "plain")]
         assert json.loads(losses[0])["train_loss"] > json.loads(losses[1])["train_loss"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/fork.md"])
+def test_what_a_page_links_to_is_there(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", (HERE / page).read_text(encoding="utf-8"))
+    files = [(HERE / page).parent / target for target in targets if ":" not in target]
+    assert [file for file in files if not file.exists()] == []
