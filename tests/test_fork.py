@@ -1,4 +1,4 @@
-"""The pages: each patch of docs/fork.md applies to a copy and does what it says, in at most 12 lines; links lead to files."""
+"""The pages: each patch of docs/fork.md applies to a copy and does what it says, briefly; links lead to files."""
 
 import json
 import re
