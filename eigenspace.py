@@ -537,16 +537,6 @@ def probe_headline(row, seeds):
     return claims.headline(dict(row, note=f"{row['note']}; control: the smoothed network"), "§4", control)
 
 
-def networks_claim(rows):
-    """[the joint headline] of all networks, kernels included, among `rows` of `matched_claims`; [] where none is."""
-    verdicts = {}
-    for row in rows:
-        name, _, text = row["claim"].partition(": ")
-        if text == BELOW and not name.startswith("example") and not name.endswith(NAMES["linear"]):
-            verdicts[name.partition(", ")[2]] = row["verdict"]
-    return [claims.headline(claims.joint_claim(f"all networks: {BELOW}", verdicts), "§4")] if verdicts else []
-
-
 # ---------------------------------------------------------------- figures
 
 NAMES = dict(linear="linear probe", mlp="MLP", cnn="CNN", init="NTK at initialisation", end="NTK at the teacher's end")
@@ -655,59 +645,51 @@ def plot_risks(axes, results):
 # ---------------------------------------------------------------- files, flags
 
 
-def kept_file(args, name, seed):
-    return Path(args.out) / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
-
-
-def parts_of(level, data, args):
-    """{name in seeds/: (function of a seed, what its result depends on)}."""
+def seeds_of(level, data, args, seeds):
+    """{network, or the linear level itself: [(file, what its result depends on, function) of each seed]}."""
     if level == "linear":
-        return {level: (linear_seed, dict(examples=EXAMPLES))}
-    settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
-    settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
-    compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
-    parts = {}
-    for arch in archs:
-        preset = NTK if level == "ntk" else CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
-        recipe = dict(settings, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
-        parts[f"{level}-{arch}"] = functools.partial(compute, data, arch, recipe), recipe
-    return parts
+        parts = {level: (linear_seed, dict(examples=EXAMPLES))}
+    else:
+        settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
+        settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
+        compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
+        parts = {}
+        for arch in archs:
+            preset = NTK if level == "ntk" else CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
+            recipe = dict(settings, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
+            parts[f"{level}-{arch}"] = functools.partial(compute, data, arch, recipe), recipe
+    files = {}
+    for name, (compute, settings) in parts.items():
+        stem = f"{args.out}/seeds/{name.replace(':', '-')}"
+        files[name] = [(Path(f"{stem}-s{seed}.json"), settings, functools.partial(compute, seed)) for seed in seeds]
+    return files
 
 
-def results_of(level, data, args, seeds):
-    """{row of the figure: [result of each seed]}: architectures, kernels, or the linear level itself."""
+def results_of(level, seeds):
+    """{row of the figure: [result of each seed]}: networks, kernels, or the linear level itself; from `seeds_of`."""
     results = {}
-    for name, (compute, settings) in parts_of(level, data, args).items():
-        found = results[name.removeprefix("classifiers-")] = []
-        for seed in seeds:
-            found.append(runs.kept_result(kept_file(args, name, seed), settings, functools.partial(compute, seed)))
+    for name, of_seeds in seeds.items():
+        results[name.removeprefix("classifiers-")] = found = [runs.kept_result(*one) for one in of_seeds]
     if level == "ntk":
         return {kernel: [result[kernel] for result in found] for kernel in ("init", "end")}
     return results
 
 
-def kept_claims(path):
-    """The claims in a level's JSON, none where it is missing; InputError when it is not one."""
-    kept = runs.read_json(path) if path.exists() else {"claims": []}
-    return claims.checked_claims(kept.get("claims") if isinstance(kept, dict) else None, path)
-
-
 def load_images(args, levels):
     """{level: its Data}, checked against the flags: what cannot work is refused before anything is computed or lost."""
-    images = {"linear": None}  # its examples are made here
+    images = dict.fromkeys(levels)  # None for linear, whose examples are made here
     if "ntk" in levels:
         flags = common.only_flags(args, common.add_data_flags, common.add_device_flag, subset=args.points)
         try:
-            images["ntk"] = common.data_from(flags)
+            data = images["ntk"] = common.data_from(flags)
         except InputError as error:
             raise InputError(str(error).replace("--subset", "--points").replace(", or 0 for all", "")) from None
-        model = build_classifier(args.ntk_arch, images["ntk"], args.width, 0)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in build_classifier(args.ntk_arch, data, args.width, 0).parameters())
         # One class's Jacobian in float32, twice while put together and a half more; four n×n matrices in float64.
-        needed = (10 * args.points * parameters + 32 * args.points**2) / 2**30
-        if needed > args.memory_gb:
-            what = f"the empirical NTK of {args.points} points and {parameters:,} parameters needs {needed:.1f} GiB"
-            raise InputError(f"{what}: lower --points or --width, or allow it with --memory-gb {math.ceil(needed)}")
+        needed, free = 10 * args.points * parameters + 32 * args.points**2, common.free_memory(data.device)
+        if needed > free:
+            what = f"the empirical NTK of {args.points} points and {parameters:,} parameters needs {needed / 2**30:.1f}"
+            raise InputError(f"{what} GiB, {free / 2**30:.1f} are free: lower --points or --width")
     if "classifiers" in levels:
         images["classifiers"] = common.data_from(args)
         for arch in args.archs:
@@ -716,16 +698,21 @@ def load_images(args, levels):
 
 
 def draw(level, results, data, args):
-    """Write the level's figure, and its JSON with the claims."""
+    """Write the level's figure, and its JSON with the claims; returns these, and {network: verdict of `BELOW`}."""
+    verdicts = {}
     if level == "linear":
         rows = linear_claims(results[level])
         plot_linear(results[level], args.out)
     else:
         name, rows = data.facts["name"], []
         for what, of_seeds in results.items():
-            prefix = f"{name}, {f'{args.ntk_arch}, ' * (level == 'ntk')}{NAMES.get(what, what)}"
-            first, *others = matched_claims(prefix, of_seeds, temperature=args.temperature)
-            rows += [probe_headline(first, of_seeds) if what == "linear" else first, *others]
+            network = f"{f'{args.ntk_arch}, ' * (level == 'ntk')}{NAMES.get(what, what)}"
+            first, *others = matched_claims(f"{name}, {network}", of_seeds, temperature=args.temperature)
+            if what == "linear":
+                first = probe_headline(first, of_seeds)
+            else:
+                verdicts[network] = first["verdict"]
+            rows += [first, *others]
         title = f"First-layer weights in the eigenspace of their input, {name}"
         if level == "ntk":
             title = f"Logits of {args.ntk_arch} in the eigenspace of its empirical NTK, {name}, {args.points} points"
@@ -733,24 +720,23 @@ def draw(level, results, data, args):
         plot_matched(results, args.out, level, f"{title}, {seeds}", args.temperature)
     kept = dict(data=data and data.facts, seeds=args.seeds, claims=rows, results=results)
     runs.write_json(Path(args.out) / f"{level}.json", kept)
+    return rows, verdicts
 
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_data_flags(parser)
     add = parser.add_argument_group("the three levels").add_argument
-    positive = number(float, 0, 1e30, open_low=True)
     add("--level", choices=(*LEVELS, "all"), default="all", help="which of the three levels")
     archs = f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>"
     add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
     add("--ntk-arch", default="resnet8", help="ntk: the network")
     add("--points", type=number(int, 20), default=500, help="ntk: training images, class-balanced")
-    add("--memory-gb", type=positive, default=8.0, help="ntk: refuse larger kernels, in GiB")
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
     add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
     add("--steps", type=number(int, 2), help="steps of the teacher (default: by architecture)")
     rate = "learning rate; classifiers: in units of 1/λ1 (default: by architecture)"
-    add("--lr", type=positive, help=rate)
+    add("--lr", type=number(float, 0, 1e30, open_low=True), help=rate)
     add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="of the networks not at T = 1")
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="what the intervals are over")
@@ -761,28 +747,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
     args.device = engine.use_device(args.device)
-    levels = LEVELS if args.level == "all" else (args.level,)
-    images = load_images(args, levels)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    tables = [Path(args.out) / f"{level}.json" for level in LEVELS]
-    for table in tables:
-        kept_claims(table)  # a damaged one is named before the work
+    images = load_images(args, LEVELS if args.level == "all" else [args.level])
     seeds = engine.shard_of(args)
+    parts = {level: seeds_of(level, data, args, seeds) for level, data in images.items()}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.overwrite:  # once: interrupted, the command without it then goes on
-        for level in levels:
-            for name, seed in itertools.product(parts_of(level, images[level], args), seeds):
-                kept_file(args, name, seed).unlink(missing_ok=True)
+        for of_level in parts.values():
+            for file, *_ in itertools.chain(*of_level.values()):
+                file.unlink(missing_ok=True)
 
     engine.run_jobs(args)
-    results = {level: results_of(level, images[level], args, seeds) for level in levels}
+    results = {level: results_of(level, of_level) for level, of_level in parts.items()}
     if args.shard[1] > 1:
         return  # a figure needs all seeds: without --shard the command finds what its shards have kept
-    for level in levels:
-        draw(level, results[level], images[level], args)
-    rows = []
-    for table in tables:
-        rows += kept_claims(table)  # of every level in --out, also those of an earlier command
-    claims.save_claims(args.out, rows + networks_claim(rows))
+    rows, verdicts = [], {}
+    for level, data in images.items():
+        of_level, of_networks = draw(level, results[level], data, args)
+        rows, verdicts = rows + of_level, verdicts | of_networks
+    if verdicts:
+        rows.append(claims.headline(claims.joint_claim(f"all networks: {BELOW}", verdicts), "§4"))
+    claims.save_claims(args.out, rows)
 
 
 if __name__ == "__main__":
