@@ -58,8 +58,10 @@ def soft_loss(logits, target, temperature):
     return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
 
 
-def smoothing_of_entropy(entropy, classes):
-    """Label smoothing α in 0..1 whose targets (1−α)·one-hot + α/classes have this entropy (nats)."""
+def matched_smoothing(teacher_logits, temperature):
+    """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
+    probabilities = F.softmax(teacher_logits / temperature, 1).double()
+    entropy, classes = torch.special.entr(probabilities).sum(1).mean().item(), probabilities.shape[1]
 
     def excess(alpha):
         p = np.full(classes, alpha / classes)
@@ -227,8 +229,7 @@ def held_out_falls(model, points, uphill):
 
     def along(directions):
         shares = np.array([fall(-length * direction) for direction in directions]) / best
-        found = dict(held_out_loss=start, step_length=length, best_decrease=best, decrease=float(shares.mean()))
-        return found | {"decrease sd": float(shares.std(ddof=1))}
+        return dict(step_length=length, best_decrease=best, decrease=float(shares.mean()))
 
     return along
 
@@ -270,15 +271,15 @@ def student_states(what, args, seed, data, teacher, smoothing):
         source = engine.teacher_source(args, data, args.epochs, args.epochs, tables) if kd else None
         teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
         train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
-    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()}
-    missing = [file.name for file in files.values() if not file.exists()]
-    if missing:
-        shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
-        fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
-        raise InputError(f"{run} is finished but lacks {', '.join(missing)}: {fix}")
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
-    for percent, file in {**files, 100: run / "checkpoint.pt"}.items():
+    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()} | {100: run / "checkpoint.pt"}
+    for percent, file in files.items():
+        if not file.exists():
+            fix = (
+                f"train that run again with --overwrite --snapshot-at {' '.join(f'{p / 100:g}' for p in args.percents)}"
+            )
+            raise InputError(f"{file} does not exist: give another folder by --{what}, or {fix}")
         with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
             states[percent] = runs.load_checkpoint(file, data.device)["model"]
             model.load_state_dict(states[percent])
@@ -290,13 +291,6 @@ def student_states(what, args, seed, data, teacher, smoothing):
 
 def kept_file(args, seed):
     return Path(args.out) / "seeds" / f"denoise-s{seed}.json"
-
-
-def matched_smoothing(teacher_logits, temperature):
-    """The label smoothing whose targets are as soft as the teacher's at this temperature on average over all points."""
-    probabilities = F.softmax(teacher_logits / temperature, 1).double()
-    entropy = torch.special.entr(probabilities).sum(1).mean().item()
-    return smoothing_of_entropy(entropy, teacher_logits.shape[1])
 
 
 def measure_seed(args, seed, data):
@@ -514,14 +508,11 @@ def bands(axis, seeds, xs, value_of, scale=np.asarray):
 def curves(axes, seeds, batch_size):
     """Four axes: noise scale at shared parameters and along own runs, alignment, decrease; as in `compare`."""
 
-    def log_scale(table, loss, run, percent):
-        return math.log(max(table[run][percent][loss]["noise_scale"], 1e-12))
+    def noise(table, loss, percent, of=("onehot", "kd")):
+        return np.mean([math.log(max(table[run][percent][loss]["noise_scale"], 1e-12)) for run in of])
 
-    def at_shared(table, loss, percent):
-        return np.mean([log_scale(table, loss, run, percent) for run in ("onehot", "kd")])
-
-    def own(table, loss, percent):
-        return log_scale(table, loss, loss, percent)
+    def own_noise(table, loss, percent):
+        return noise(table, loss, percent, [loss])
 
     def cosine(table, loss, size):
         return np.mean([at[loss][f"cos_held_out {size}"] for at in shared_checkpoints(table)])
@@ -531,8 +522,8 @@ def curves(axes, seeds, batch_size):
 
     percents = list(seeds[0]["table"]["kd"])
     for axis, value_of, title in (
-        (axes[0], at_shared, "(i) Noise at shared parameters"),
-        (axes[1], own, "(ii) Noise along each loss's own run"),
+        (axes[0], noise, "(i) Noise at shared parameters"),
+        (axes[1], own_noise, "(ii) Noise along each loss's own run"),
     ):
         bands(axis, seeds, percents, value_of, np.exp)
         axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)", title=title)
@@ -605,12 +596,14 @@ def add_measuring_flags(parser):
     """The flags that say what is measured. What is defined here is compared with what is kept of a seed."""
     add = parser.add_argument_group("measuring").add_argument
     share = number(float, 0, 100, open_low=True, open_high=True)
-    percents = "shares of the steps at which to measure, besides 0 and 100"
-    add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help=percents)
-    points = "random training images with per-example gradients; 0 for all"
-    add("--points", type=number(int, 0), default=0, help=points)
-    held_out = "the first so many test images as held-out data; 0 for all"
-    add("--held-out", type=number(int, 0), default=2000, help=held_out)
+    add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help="when to measure, besides 0 and 100")
+    add("--points", type=number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
+    add(
+        "--held-out",
+        type=number(int, 0),
+        default=2000,
+        help="the first so many test images as held-out data; 0 for all",
+    )
     add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 
