@@ -12,6 +12,7 @@ and kd runs are what train_student.py makes with --snapshot-at 0.05 0.25 0.5, so
 """
 
 import argparse
+import functools
 import math
 import os
 from pathlib import Path
@@ -276,10 +277,9 @@ def student_states(what, args, seed, data, teacher, smoothing):
     files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()} | {100: run / "checkpoint.pt"}
     for percent, file in files.items():
         if not file.exists():
-            fix = (
-                f"train that run again with --overwrite --snapshot-at {' '.join(f'{p / 100:g}' for p in args.percents)}"
-            )
-            raise InputError(f"{file} does not exist: give another folder by --{what}, or {fix}")
+            shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
+            fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
+            raise InputError(f"{file} does not exist: {fix}")
         with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
             states[percent] = runs.load_checkpoint(file, data.device)["model"]
             model.load_state_dict(states[percent])
@@ -295,10 +295,10 @@ def kept_file(args, seed):
 
 def measure_seed(args, seed, data):
     """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`."""
-    folders = {what: run_folder(what, args, seed) for what in ("teacher", *LOSSES)}
+    folder = run_folder("teacher", args, seed)
     if not args.teacher:
-        train_teacher(folders["teacher"], args, seed, data)
-    teacher = engine.load_teacher(folders["teacher"], data)
+        train_teacher(folder, args, seed, data)
+    teacher = engine.load_teacher(folder, data)
     logits = engine.logits_of(teacher, data, data.x_train)
     smoothing = matched_smoothing(logits, args.temperature)
     states, weights = {}, [engine.weights_hash(teacher.state_dict())]
@@ -308,17 +308,14 @@ def measure_seed(args, seed, data):
     settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
     settings |= dict(vars(common.only_flags(args, add_measuring_flags)), data=data.facts, weights=weights)
 
-    def compute():
-        accuracy = {name: runs.last_metrics(run)["test_acc"] for name, run in folders.items()}
-        kept = dict(accuracy=accuracy, smoothing=smoothing)
-        return kept | measurements(args, seed, data, states, logits, smoothing)
-
+    compute = functools.partial(measurements, args, seed, data, states, logits, smoothing)
     return runs.kept_result(kept_file(args, seed), settings, compute)
 
 
 def measurements(args, seed, data, states, logits, smoothing):
-    """Plain numbers and lists: table {run: {percent: {loss: {statistic: number}}}}; of each point the teacher's
-    confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what gradients were taken."""
+    """Plain numbers and lists: test accuracy of each run; table {run: {percent: {loss: {statistic: number}}}}; of each
+    point the teacher's confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what."""
+    accuracy = {what: runs.last_metrics(run_folder(what, args, seed))["test_acc"] for what in ("teacher", *LOSSES)}
     chosen = torch.arange(len(data.y_train))
     if args.points and args.points < len(chosen):  # the same for every checkpoint and loss
         chosen = torch.randperm(len(chosen), generator=common.generator("points", seed))[: args.points].sort().values
@@ -357,7 +354,8 @@ def measurements(args, seed, data, states, logits, smoothing):
                 one.pop("deviation", None)
     parameters = sum(value.numel() for value in model.parameters())
     what = f"exact gradients of all {parameters} parameters on {len(chosen)} of {len(data.y_train)} training images"
-    return dict(table=table, reductions=reductions, gradients=what, x=x.tolist(), gap=gap.tolist())
+    found = dict(accuracy=accuracy, smoothing=smoothing, table=table, reductions=reductions, gradients=what)
+    return dict(found, x=x.tolist(), gap=gap.tolist())
 
 
 def points_of(args, seed, data, chosen, x):
@@ -456,18 +454,17 @@ def denoise_claims(seeds):
         "iii, real steps": "the same with real steps",
     }
     scales, decrease = "log ratio of noise scales, {} / KD", "decrease, share of steepest descent, KD minus {}"
-    onehot, smooth = (
-        [note.format(q) for note in (scales, scales, decrease, decrease)] for q in ("one-hot", "smoothed")
-    )
-    hard = ["part on the hardest quarter minus the size of the rest"] * 2
+    part = "part on the hardest quarter minus the size of the rest"
     gain = "gain in first-order decrease of batches of the hardest quarter, minus the size of the others'"
-    hard.append(f"{gain}, weighted by points")
     rows = []
-    for text, values, notes in (
-        ("KD gradients are less noisy than one-hot gradients", [compare(seed, "onehot") for seed in seeds], onehot),
-        ("most of the reduction is on hard points", [compare_hardest(seed) for seed in seeds], hard),
-        ("the reduction is not explained by softness alone", [compare(seed, "smooth") for seed in seeds], smooth),
+    for text, other, name in (
+        ("KD gradients are less noisy than one-hot gradients", "onehot", "one-hot"),
+        ("most of the reduction is on hard points", None, None),
+        ("the reduction is not explained by softness alone", "smooth", "smoothed"),
     ):
+        values = [compare(seed, other) if other else compare_hardest(seed) for seed in seeds]
+        notes = [note.format(name) for note in (scales, scales, decrease, decrease)]
+        notes = notes if other else [part, part, f"{gain}, weighted by points"]
         parts = {}
         for key, note in zip(values[0], notes, strict=True):
             measured = claims.mean_interval([value[key] for value in values])
@@ -598,12 +595,7 @@ def add_measuring_flags(parser):
     share = number(float, 0, 100, open_low=True, open_high=True)
     add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help="when to measure, besides 0 and 100")
     add("--points", type=number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
-    add(
-        "--held-out",
-        type=number(int, 0),
-        default=2000,
-        help="the first so many test images as held-out data; 0 for all",
-    )
+    add("--held-out", type=number(int, 0), default=2000, help="the first so many test images as held-out, 0 for all")
     add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 
@@ -635,18 +627,17 @@ def main(argv=None):
     common.check_model(args, data)
     seeds = engine.shard_of(args)
     teachers = sorted({run_folder("teacher", args, seed) for seed in seeds})
-    given = teachers if args.teacher else []
+    given, made = (teachers, []) if args.teacher else ([], teachers)
     for run in given:
         engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
     planned = [run_folder(what, args, seed) for seed in seeds for what in LOSSES]
     if len({os.path.realpath(run) for run in planned}) < len(planned):
         what = "two runs share a folder: give --onehot, --kd and --smooth different ones"
         raise InputError(f"{what}, with {{seed}} in each for several seeds")
-    planned += [] if args.teacher else teachers
     if args.overwrite:
         for seed in seeds:
             kept_file(args, seed).unlink(missing_ok=True)
-    runs.discard_runs(args, planned, given)
+    runs.discard_runs(args, planned + made, given)
     kept_file(args, 0).parent.mkdir(parents=True, exist_ok=True)
 
     engine.run_jobs(args)
