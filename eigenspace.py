@@ -196,17 +196,17 @@ def at_top(path, levels):
     return rows
 
 
-def compare(paths, *names, count=20):
+def compare(paths, *names):
     """Lower over top progress: progress in the lower buckets over the teacher's, at equal progress in the top one.
 
-    paths: {network: [S, buckets + 1]}, progress per bucket and test accuracy. Lower progress is averaged over `count`
+    paths: {network: [S, buckets + 1]}, progress per bucket and test accuracy. Lower progress is averaged over 20
     evenly spaced levels of the top bucket that the teacher and all of `names` reach (each at its first crossing), and
     divided by the teacher's average. Below 1: exaggeration; the teacher's own path *is* early stopping. Returns levels
     [L], and of each network curves [L, buckets − 1] (the ratio at each level), ratio (of averages), accuracy (at last).
     """
     paths = {name: np.array(paths[name]) for name in ("teacher", *names)}
     lowest, highest = max(path[0, 0] for path in paths.values()), min(path[:, 0].max() for path in paths.values())
-    levels = np.linspace(lowest, highest, count + 1)[1:] if highest > lowest else np.full(count, np.nan)
+    levels = np.linspace(lowest, highest, 21)[1:] if highest > lowest else np.full(20, np.nan)
     matched = {name: at_top(path, levels) for name, path in paths.items()}
     lower = {name: rows[:, 1:-1] for name, rows in matched.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -401,12 +401,6 @@ def empirical_ntk(model, inputs, classes, chunk=50):
     return kernel / classes
 
 
-def calibrate(model, inputs):
-    """The model with BN running statistics of `inputs`, so that eval mode means something before any training step."""
-    torch.optim.swa_utils.update_bn([inputs], model)
-    return model
-
-
 def centre(logits):
     """Logits [n, C] less their mean over classes (which softmax ignores) and then over points, float64."""
     logits = logits.double()
@@ -439,7 +433,9 @@ def ntk_seed(data, arch, recipe, seed):
     images = train[0]
 
     def build(key):
-        return calibrate(build_classifier(arch, data, recipe["width"], key), images)
+        model = build_classifier(arch, data, recipe["width"], key)
+        torch.optim.swa_utils.update_bn([images], model)  # so that eval mode means something before any training step
+        return model
 
     def observe(model):
         return centre(evaluate(model, images))
@@ -577,9 +573,7 @@ def plot_matched(results, folder, name, title, temperature):
     for network, style in STYLES.items():
         axes[0, 0].plot([], [], label=network.replace(" T", f", T = {temperature:g}"), **style)
     claims.legend_below(figure, axes[0, 0])
-    figure.suptitle(
-        f"{title}\nratio: progress in the lower buckets over the teacher's at equal progress in the top one"
-    )
+    figure.suptitle(f"{title}\nratio: progress in the lower buckets over the teacher's at equal top progress")
     claims.save_figure(figure, folder, name)
 
 
