@@ -702,7 +702,7 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_data_flags(parser)
     add = parser.add_argument_group("the three levels").add_argument
-    add("--level", choices=(*LEVELS, "all"), default="all", help="which of the three levels")
+    add("--level", choices=(*LEVELS, "all"), default="all", help="what to measure and to list in claims.md")
     archs = f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>"
     add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
     add("--ntk-arch", default="resnet8", help="ntk: the network")
@@ -710,8 +710,7 @@ def main(argv=None):
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
     add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
     add("--steps", type=number(int, 2), help="steps of the teacher (default: by architecture)")
-    rate = "learning rate; classifiers: in units of 1/λ1 (default: by architecture)"
-    add("--lr", type=number(float, 0, 1e30, open_low=True), help=rate)
+    add("--lr", type=number(float, 0, 1e30, open_low=True), help="classifiers: times 1/λ1 (default: by architecture)")
     add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="of the networks not at T = 1")
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="what the intervals are over")
