@@ -89,8 +89,6 @@ def bias_variance(seed):
     }
     found = {}
     for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
-        # Not used, but the numbers in docs/results.md were drawn after these.
-        rng.standard_normal(POINTS * DIRECTIONS if signal == "top" else len(NOISES) * POINTS * 400)
         energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
         risks = found[signal] = {}
