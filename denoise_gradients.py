@@ -12,6 +12,7 @@ and kd runs are what train_student.py makes with --snapshot-at 0.05 0.25 0.5, so
 """
 
 import argparse
+import functools
 import math
 import os
 from pathlib import Path
@@ -58,8 +59,10 @@ def soft_loss(logits, target, temperature):
     return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
 
 
-def smoothing_of_entropy(entropy, classes):
-    """Label smoothing α in 0..1 whose targets (1−α)·one-hot + α/classes have this entropy (nats)."""
+def matched_smoothing(teacher_logits, temperature):
+    """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
+    probabilities = F.softmax(teacher_logits / temperature, 1).double()
+    entropy, classes = torch.special.entr(probabilities).sum(1).mean().item(), probabilities.shape[1]
 
     def excess(alpha):
         p = np.full(classes, alpha / classes)
@@ -227,8 +230,7 @@ def held_out_falls(model, points, uphill):
 
     def along(directions):
         shares = np.array([fall(-length * direction) for direction in directions]) / best
-        found = dict(held_out_loss=start, step_length=length, best_decrease=best, decrease=float(shares.mean()))
-        return found | {"decrease sd": float(shares.std(ddof=1))}
+        return dict(step_length=length, best_decrease=best, decrease=float(shares.mean()))
 
     return along
 
@@ -270,15 +272,14 @@ def student_states(what, args, seed, data, teacher, smoothing):
         source = engine.teacher_source(args, data, args.epochs, args.epochs, tables) if kd else None
         teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
         train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
-    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()}
-    missing = [file.name for file in files.values() if not file.exists()]
-    if missing:
-        shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
-        fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
-        raise InputError(f"{run} is finished but lacks {', '.join(missing)}: {fix}")
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
-    for percent, file in {**files, 100: run / "checkpoint.pt"}.items():
+    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()} | {100: run / "checkpoint.pt"}
+    for percent, file in files.items():
+        if not file.exists():
+            shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
+            fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
+            raise InputError(f"{file} does not exist: {fix}")
         with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
             states[percent] = runs.load_checkpoint(file, data.device)["model"]
             model.load_state_dict(states[percent])
@@ -292,19 +293,12 @@ def kept_file(args, seed):
     return Path(args.out) / "seeds" / f"denoise-s{seed}.json"
 
 
-def matched_smoothing(teacher_logits, temperature):
-    """The label smoothing whose targets are as soft as the teacher's at this temperature on average over all points."""
-    probabilities = F.softmax(teacher_logits / temperature, 1).double()
-    entropy = torch.special.entr(probabilities).sum(1).mean().item()
-    return smoothing_of_entropy(entropy, teacher_logits.shape[1])
-
-
 def measure_seed(args, seed, data):
     """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`."""
-    folders = {what: run_folder(what, args, seed) for what in ("teacher", *LOSSES)}
+    folder = run_folder("teacher", args, seed)
     if not args.teacher:
-        train_teacher(folders["teacher"], args, seed, data)
-    teacher = engine.load_teacher(folders["teacher"], data)
+        train_teacher(folder, args, seed, data)
+    teacher = engine.load_teacher(folder, data)
     logits = engine.logits_of(teacher, data, data.x_train)
     smoothing = matched_smoothing(logits, args.temperature)
     states, weights = {}, [engine.weights_hash(teacher.state_dict())]
@@ -314,17 +308,14 @@ def measure_seed(args, seed, data):
     settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
     settings |= dict(vars(common.only_flags(args, add_measuring_flags)), data=data.facts, weights=weights)
 
-    def compute():
-        accuracy = {name: runs.last_metrics(run)["test_acc"] for name, run in folders.items()}
-        kept = dict(accuracy=accuracy, smoothing=smoothing)
-        return kept | measurements(args, seed, data, states, logits, smoothing)
-
+    compute = functools.partial(measurements, args, seed, data, states, logits, smoothing)
     return runs.kept_result(kept_file(args, seed), settings, compute)
 
 
 def measurements(args, seed, data, states, logits, smoothing):
-    """Plain numbers and lists: table {run: {percent: {loss: {statistic: number}}}}; of each point the teacher's
-    confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what gradients were taken."""
+    """Plain numbers and lists: test accuracy of each run; table {run: {percent: {loss: {statistic: number}}}}; of each
+    point the teacher's confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what."""
+    accuracy = {what: runs.last_metrics(run_folder(what, args, seed))["test_acc"] for what in ("teacher", *LOSSES)}
     chosen = torch.arange(len(data.y_train))
     if args.points and args.points < len(chosen):  # the same for every checkpoint and loss
         chosen = torch.randperm(len(chosen), generator=common.generator("points", seed))[: args.points].sort().values
@@ -363,7 +354,8 @@ def measurements(args, seed, data, states, logits, smoothing):
                 one.pop("deviation", None)
     parameters = sum(value.numel() for value in model.parameters())
     what = f"exact gradients of all {parameters} parameters on {len(chosen)} of {len(data.y_train)} training images"
-    return dict(table=table, reductions=reductions, gradients=what, x=x.tolist(), gap=gap.tolist())
+    found = dict(accuracy=accuracy, smoothing=smoothing, table=table, reductions=reductions, gradients=what)
+    return dict(found, x=x.tolist(), gap=gap.tolist())
 
 
 def points_of(args, seed, data, chosen, x):
@@ -462,18 +454,17 @@ def denoise_claims(seeds):
         "iii, real steps": "the same with real steps",
     }
     scales, decrease = "log ratio of noise scales, {} / KD", "decrease, share of steepest descent, KD minus {}"
-    onehot, smooth = (
-        [note.format(q) for note in (scales, scales, decrease, decrease)] for q in ("one-hot", "smoothed")
-    )
-    hard = ["part on the hardest quarter minus the size of the rest"] * 2
+    part = "part on the hardest quarter minus the size of the rest"
     gain = "gain in first-order decrease of batches of the hardest quarter, minus the size of the others'"
-    hard.append(f"{gain}, weighted by points")
     rows = []
-    for text, values, notes in (
-        ("KD gradients are less noisy than one-hot gradients", [compare(seed, "onehot") for seed in seeds], onehot),
-        ("most of the reduction is on hard points", [compare_hardest(seed) for seed in seeds], hard),
-        ("the reduction is not explained by softness alone", [compare(seed, "smooth") for seed in seeds], smooth),
+    for text, other, name in (
+        ("KD gradients are less noisy than one-hot gradients", "onehot", "one-hot"),
+        ("most of the reduction is on hard points", None, None),
+        ("the reduction is not explained by softness alone", "smooth", "smoothed"),
     ):
+        values = [compare(seed, other) if other else compare_hardest(seed) for seed in seeds]
+        notes = [note.format(name) for note in (scales, scales, decrease, decrease)]
+        notes = notes if other else [part, part, f"{gain}, weighted by points"]
         parts = {}
         for key, note in zip(values[0], notes, strict=True):
             measured = claims.mean_interval([value[key] for value in values])
@@ -514,14 +505,11 @@ def bands(axis, seeds, xs, value_of, scale=np.asarray):
 def curves(axes, seeds, batch_size):
     """Four axes: noise scale at shared parameters and along own runs, alignment, decrease; as in `compare`."""
 
-    def log_scale(table, loss, run, percent):
-        return math.log(max(table[run][percent][loss]["noise_scale"], 1e-12))
+    def noise(table, loss, percent, of=("onehot", "kd")):
+        return np.mean([math.log(max(table[run][percent][loss]["noise_scale"], 1e-12)) for run in of])
 
-    def at_shared(table, loss, percent):
-        return np.mean([log_scale(table, loss, run, percent) for run in ("onehot", "kd")])
-
-    def own(table, loss, percent):
-        return log_scale(table, loss, loss, percent)
+    def own_noise(table, loss, percent):
+        return noise(table, loss, percent, [loss])
 
     def cosine(table, loss, size):
         return np.mean([at[loss][f"cos_held_out {size}"] for at in shared_checkpoints(table)])
@@ -531,8 +519,8 @@ def curves(axes, seeds, batch_size):
 
     percents = list(seeds[0]["table"]["kd"])
     for axis, value_of, title in (
-        (axes[0], at_shared, "(i) Noise at shared parameters"),
-        (axes[1], own, "(ii) Noise along each loss's own run"),
+        (axes[0], noise, "(i) Noise at shared parameters"),
+        (axes[1], own_noise, "(ii) Noise along each loss's own run"),
     ):
         bands(axis, seeds, percents, value_of, np.exp)
         axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)", title=title)
@@ -605,12 +593,9 @@ def add_measuring_flags(parser):
     """The flags that say what is measured. What is defined here is compared with what is kept of a seed."""
     add = parser.add_argument_group("measuring").add_argument
     share = number(float, 0, 100, open_low=True, open_high=True)
-    percents = "shares of the steps at which to measure, besides 0 and 100"
-    add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help=percents)
-    points = "random training images with per-example gradients; 0 for all"
-    add("--points", type=number(int, 0), default=0, help=points)
-    held_out = "the first so many test images as held-out data; 0 for all"
-    add("--held-out", type=number(int, 0), default=2000, help=held_out)
+    add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help="when to measure, besides 0 and 100")
+    add("--points", type=number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
+    add("--held-out", type=number(int, 0), default=2000, help="the first so many test images as held-out, 0 for all")
     add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 
@@ -642,18 +627,17 @@ def main(argv=None):
     common.check_model(args, data)
     seeds = engine.shard_of(args)
     teachers = sorted({run_folder("teacher", args, seed) for seed in seeds})
-    given = teachers if args.teacher else []
+    given, made = (teachers, []) if args.teacher else ([], teachers)
     for run in given:
         engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
     planned = [run_folder(what, args, seed) for seed in seeds for what in LOSSES]
     if len({os.path.realpath(run) for run in planned}) < len(planned):
         what = "two runs share a folder: give --onehot, --kd and --smooth different ones"
         raise InputError(f"{what}, with {{seed}} in each for several seeds")
-    planned += [] if args.teacher else teachers
     if args.overwrite:
         for seed in seeds:
             kept_file(args, seed).unlink(missing_ok=True)
-    runs.discard_runs(args, planned, given)
+    runs.discard_runs(args, planned + made, given)
     kept_file(args, 0).parent.mkdir(parents=True, exist_ok=True)
 
     engine.run_jobs(args)

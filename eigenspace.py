@@ -29,7 +29,7 @@ import claims
 import common
 import engine
 import runs
-from denoise_gradients import matched_smoothing, smoothed, soft_loss
+from denoise_gradients import matched_smoothing, over_seeds, smoothed, soft_loss
 from runs import InputError, number
 
 LEVELS = ("linear", "classifiers", "ntk")
@@ -61,14 +61,6 @@ def equal_progress(top, low, teacher_time, share):
     return flow_filter(low, t), flow_filter(low, s) * flow_filter(low, teacher_time)
 
 
-def gd_simulation(x, y, lr, steps):
-    """β [d, K] after `steps` of gradient descent on ‖xβ − y‖²/(2n) from zero, by the plain loop; x [n, d], y [n, K]."""
-    beta = np.zeros((x.shape[1], y.shape[1]))
-    for _ in range(steps):
-        beta -= lr * (x.T @ (x @ beta - y)) / len(x)
-    return beta
-
-
 # The bias-variance example: 30 directions λ_k = k^-1.5, 100 points. β* is random; its energy λβ*² falls (top) or rises
 # (low) along the directions as 1/k², its sum is 1.
 DIRECTIONS, POINTS, STEPS, RATE = 30, 100, 60, 0.5
@@ -76,37 +68,33 @@ POWER_LAW = np.arange(1, DIRECTIONS + 1) ** -1.5
 NOISES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def bias_variance(seed, draws=400):
-    """Risk E‖X(β̂−β*)‖²/n of four estimators for NOISES, signal in top or in low directions: dict(exact, simulated).
+def risk(shares, beta, noise):
+    """E‖X(β̂ − β*)‖²/n of an estimator that keeps these shares [..., d] of least squares: bias and variance.
 
-    exact: {signal: {estimator: [risk per noise]}}, by the formula, a "best" one at its own best time.
-    simulated: the same of teacher and student, means over `draws` of the noise, by the loop.
+    X has POINTS rows and XᵀX/n = diag(POWER_LAW); beta [d] is β*.
     """
+    return (POWER_LAW * (1 - shares) ** 2 * beta**2).sum(-1) + noise**2 / POINTS * (shares**2).sum(-1)
+
+
+def bias_variance(seed):
+    """{signal in top or low directions: {estimator: [risk for each of NOISES]}}, a "best" one at its own best time."""
     rng = np.random.default_rng([4, seed])
     times = np.geomspace(0.1, 1e5, 1200)[:, None]
     teacher = gd_filter(POWER_LAW, STEPS, RATE)[None]
-    families = {  # shares f of β* that are kept [times, d]
+    estimators = {  # the shares that they keep [times, d]
         "teacher": teacher,
         "student": teacher**2,  # trained as long as the teacher
         "best early stop": gd_filter(POWER_LAW, np.minimum(times, STEPS), RATE),
         "best student": gd_filter(POWER_LAW, times, RATE) * teacher,
     }
-    # XᵀX/n = diag(POWER_LAW) exactly
-    x = np.linalg.qr(rng.standard_normal((POINTS, DIRECTIONS)))[0] * np.sqrt(POINTS * POWER_LAW)
-    exact, simulated = {}, {}
+    found = {}
     for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
         energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
-        exact[signal], simulated[signal] = {name: [] for name in families}, {"teacher": [], "student": []}
-        for noise in NOISES:
-            for name, f in families.items():
-                bias, variance = (POWER_LAW * (1 - f) ** 2 * beta**2).sum(-1), noise**2 / POINTS * (f**2).sum(-1)
-                exact[signal][name].append(float((bias + variance).min()))
-            y = (x @ beta)[:, None] + noise * rng.standard_normal((POINTS, draws))
-            fitted = gd_simulation(x, y, RATE, STEPS)
-            for name, estimate in (("teacher", fitted), ("student", gd_simulation(x, x @ fitted, RATE, STEPS))):
-                simulated[signal][name].append(float(((x @ (estimate - beta[:, None])) ** 2).mean(0).mean()))
-    return dict(exact=exact, simulated=simulated)
+        risks = found[signal] = {}
+        for name, shares in estimators.items():
+            risks[name] = [float(risk(shares, beta, noise).min()) for noise in NOISES]
+    return found
 
 
 # The constructed examples, two classes each: points, low directions and their variance (that of the top direction is
@@ -143,16 +131,16 @@ def example(name, seed):
     (x, clean), test = draw(n), draw(5000)
     labels = torch.where(torch.tensor(rng.random(n) < wrong), 1 - clean, clean)
     eigenvalues, vectors = second_moment_eigenvectors(x)
-    observe = functools.partial(weight_and_accuracy, *test)
-    training, names = (1 / float(eigenvalues[0]), 100, 0), ("teacher", "student", "smoothed")
-    _, seen, fit = self_distil(build, x, labels, 2, seed, observe, *training, networks=names)
+    recipe = dict(lr=1 / float(eigenvalues[0]), steps=100, batch_size=0, temperature=1.0)
+    names = ("teacher", "student", "smoothed")
+    _, seen, fit = self_distil(build, (x, labels), test, 2, seed, first_weight, recipe, names)
     buckets = [(0, 1), (1, 1 + low)]
     return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=fit)
 
 
 def linear_seed(seed):
     """Level 1, least squares from zero; its constructed examples show where the same bias helps and where it hurts."""
-    return dict(**bias_variance(seed), examples={name: example(name, seed) for name in EXAMPLES})
+    return dict(exact=bias_variance(seed), examples={name: example(name, seed) for name in EXAMPLES})
 
 
 # ---------------------------------------------------------------- eigen-buckets and matched progress
@@ -206,17 +194,17 @@ def at_top(path, levels):
     return rows
 
 
-def compare(paths, *names, count=20):
+def compare(paths, *names):
     """Lower over top progress: progress in the lower buckets over the teacher's, at equal progress in the top one.
 
-    paths: {network: [S, buckets + 1]}, progress per bucket and test accuracy. Lower progress is averaged over `count`
+    paths: {network: [S, buckets + 1]}, progress per bucket and test accuracy. Lower progress is averaged over 20
     evenly spaced levels of the top bucket that the teacher and all of `names` reach (each at its first crossing), and
     divided by the teacher's average. Below 1: exaggeration; the teacher's own path *is* early stopping. Returns levels
     [L], and of each network curves [L, buckets − 1] (the ratio at each level), ratio (of averages), accuracy (at last).
     """
     paths = {name: np.array(paths[name]) for name in ("teacher", *names)}
     lowest, highest = max(path[0, 0] for path in paths.values()), min(path[:, 0].max() for path in paths.values())
-    levels = np.linspace(lowest, highest, count + 1)[1:] if highest > lowest else np.full(count, np.nan)
+    levels = np.linspace(lowest, highest, 21)[1:] if highest > lowest else np.full(20, np.nan)
     matched = {name: at_top(path, levels) for name, path in paths.items()}
     lower = {name: rows[:, 1:-1] for name, rows in matched.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -256,17 +244,17 @@ def observed_steps(steps):
     return np.unique(np.round(np.geomspace(1, steps, 40)).astype(int).tolist() + [0]).tolist()
 
 
-def descend(model, inputs, targets, temperature, lr, steps, batch, order_key, observe, done=None):
-    """Plain SGD on the mean `soft_loss`; returns [observe(model)] after each of `observed_steps(steps)`.
+def descend(model, inputs, targets, temperature, recipe, order_key, observe):
+    """Plain SGD on the mean `soft_loss`; returns [observe(model)] after each of `observed_steps`.
 
-    Batch 0 takes all points each step; order_key seeds the order; done() is called after each step. InputError when the
-    weights stop being finite.
+    recipe: lr, steps, batch_size (0 takes all points each step); order_key seeds the order. InputError when the weights
+    stop being finite.
     """
-    n = len(inputs)
-    batch = min(batch or n, n)
+    n, lr, steps = len(inputs), recipe["lr"], recipe["steps"]
+    batch = min(recipe["batch_size"] or n, n)
     per_epoch, parameters, seen = n // batch, list(model.parameters()), [observe(model)]
     observed = observed_steps(steps)
-    for step in range(steps):
+    for step in tqdm(range(steps), "training", unit="step", leave=False, disable=None):
         if step % per_epoch == 0:
             stream = common.generator("eigenspace order", order_key, step // per_epoch)
             order = torch.randperm(n, generator=stream).to(inputs.device)
@@ -274,8 +262,6 @@ def descend(model, inputs, targets, temperature, lr, steps, batch, order_key, ob
         loss = soft_loss(model(inputs[index]), targets[index], temperature).mean()
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data.sub_(gradient, alpha=lr)
-        if done:
-            done()
         if step + 1 in observed:
             if not all(torch.isfinite(parameter).all() for parameter in parameters):
                 what = f"the weights became NaN or infinite within {step + 1} steps at learning rate {lr:.3g}"
@@ -294,38 +280,41 @@ def evaluate(model, inputs, batch=1000):
     return logits
 
 
-def accuracy_of(model, inputs, labels):
+def accuracy_of(logits, labels):
     """Share of points whose top class is the label."""
-    return (evaluate(model, inputs).argmax(1) == labels).double().mean().item()
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
-def weight_and_accuracy(inputs, labels, model):
-    """What `descend` observes for `weight_progress`: the first layer's weight, and the accuracy on these points."""
-    return first_layer(model).weight.detach().clone(), accuracy_of(model, inputs, labels)
+def first_weight(model):
+    """What `self_distil` observes for `weight_progress`."""
+    return first_layer(model).weight.detach().clone()
 
 
-def self_distil(build, inputs, labels, classes, seed, observe, lr, steps, batch, temperature=1.0, networks=NETWORKS):
-    """Train the networks, the teacher first, on labels [N]: (teacher, {network: observations}, its train accuracy).
+def self_distil(build, train, test, classes, seed, observe, recipe, networks=NETWORKS):
+    """Train the networks, teacher first: (teacher, {network: [(observe(model), test accuracy)]}, its train accuracy).
 
-    build(key) -> model; observe(model) as in `descend`. Networks with the same initialisation also have the same order.
+    build(key) -> model; train, test: (inputs, labels [N]); recipe: as in `descend`, and temperature. Networks of the
+    same initialisation also have the same order.
     """
     teacher, teacher_logits, seen = None, None, {}
-    bar = tqdm(total=len(networks) * steps, desc=f"training, seed {seed}", unit="step", leave=False, disable=None)
+
+    def observed(model):
+        return observe(model), accuracy_of(evaluate(model, test[0]), test[1])
+
     for name in networks:
         network = NETWORKS[name]
         key = ("fresh" if network.fresh else "teacher", seed)
-        t = temperature if network.hot else 1.0
+        t = recipe["temperature"] if network.hot else 1.0
         if network.targets == "teacher":
             targets = F.softmax(teacher_logits / t, 1)
         else:
             smoothing = matched_smoothing(teacher_logits, t) if network.targets == "smoothed" else 0.0
-            targets = smoothed(labels, classes, smoothing)
+            targets = smoothed(train[1], classes, smoothing)
         model = build(key)
-        seen[name] = descend(model, inputs, targets, t, lr, steps, batch, key, observe, bar.update)
+        seen[name] = descend(model, train[0], targets, t, recipe, key, observed)
         if name == "teacher":
-            teacher, teacher_logits = model, evaluate(model, inputs)
-    bar.close()
-    return teacher, seen, (teacher_logits.argmax(1) == labels).double().mean().item()
+            teacher, teacher_logits = model, evaluate(model, train[0])
+    return teacher, seen, accuracy_of(teacher_logits, train[1])
 
 
 # ---------------------------------------------------------------- trained classifiers
@@ -337,9 +326,9 @@ NTK = dict(lr=0.1, steps=150)
 
 
 def centred_images(data):
-    """Training images and up to 1,000 test images [N, C, H, W], less the mean training image, and the test labels."""
+    """Training images and up to 1,000 test images [N, C, H, W], less the mean training image, each with labels [N]."""
     images, test = data.normalise(data.x_train), data.normalise(data.x_test[:1000])
-    return images - images.mean(0), test - images.mean(0), data.y_test[: len(test)]
+    return (images - images.mean(0), data.y_train), (test - images.mean(0), data.y_test[: len(test)])
 
 
 def build_classifier(arch, data, width, key):
@@ -377,14 +366,13 @@ def classifier_seed(data, arch, recipe, seed):
 
     Returns buckets, paths as `compare` takes them, and the teacher's accuracy on the training labels.
     """
-    images, test, test_labels = centred_images(data)
+    train, test = centred_images(data)
     build = functools.partial(build_classifier, arch, data, recipe["width"])
-    eigenvalues, vectors = second_moment_eigenvectors(first_layer_inputs(first_layer(build(0)), images))
+    eigenvalues, vectors = second_moment_eigenvectors(first_layer_inputs(first_layer(build(0)), train[0]))
     directions = int((eigenvalues > 1e-6 * eigenvalues[0]).sum())  # the others have no data
     buckets = bucket_ends(directions, recipe["buckets"])
-    observe = functools.partial(weight_and_accuracy, test, test_labels)
-    training = (recipe["lr"] / float(eigenvalues[0]), recipe["steps"], recipe["batch_size"], recipe["temperature"])
-    _, seen, fit = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
+    recipe = dict(recipe, lr=recipe["lr"] / float(eigenvalues[0]))
+    _, seen, fit = self_distil(build, train, test, data.classes, seed, first_weight, recipe)
     return dict(buckets=buckets, paths=weight_progress(seen, vectors, buckets), train_accuracy=fit)
 
 
@@ -409,12 +397,6 @@ def empirical_ntk(model, inputs, classes, chunk=50):
         for part in gradients(parameters, inputs, c).values():
             kernel += part.flatten(1) @ part.flatten(1).T
     return kernel / classes
-
-
-def calibrate(model, inputs):
-    """The model with BN running statistics of `inputs`, so that eval mode means something before any training step."""
-    torch.optim.swa_utils.update_bn([inputs], model)
-    return model
 
 
 def centre(logits):
@@ -445,16 +427,18 @@ def ntk_seed(data, arch, recipe, seed):
     all networks. That of the end favours the teacher over any other network: there only differences from controls say
     something.
     """
-    images, test, test_labels = centred_images(data)
-    training = (recipe["lr"], recipe["steps"], recipe["batch_size"], recipe["temperature"])
+    train, test = centred_images(data)
+    images = train[0]
 
     def build(key):
-        return calibrate(build_classifier(arch, data, recipe["width"], key), images)
+        model = build_classifier(arch, data, recipe["width"], key)
+        torch.optim.swa_utils.update_bn([images], model)  # so that eval mode means something before any training step
+        return model
 
     def observe(model):
-        return centre(evaluate(model, images)), accuracy_of(model, test, test_labels)
+        return centre(evaluate(model, images))
 
-    teacher, seen, fit = self_distil(build, images, data.y_train, data.classes, seed, observe, *training)
+    teacher, seen, fit = self_distil(build, train, test, data.classes, seed, observe, recipe)
     target, found = seen["teacher"][-1][0], {}
     buckets = bucket_ends(len(images) - 1, recipe["buckets"])  # centring makes the last eigenvalue 0
     for kernel, model in (("init", build(("teacher", seed))), ("end", teacher)):
@@ -530,23 +514,6 @@ def matched_claims(prefix, seeds, helps="> 0", temperature=1.0):
     return [claim_over_seeds(f"{prefix}: {text}", *row) for text, *row in table]
 
 
-def probe_headline(row, seeds):
-    """The first of `matched_claims` of the linear probe as a headline, its control the smoothed network."""
-    ratios = [compare(seed["paths"], "smoothed")["ratio"]["smoothed"].mean() for seed in seeds]
-    control = dict(zip(("value", "low", "high"), claims.mean_interval(ratios), strict=True))
-    return claims.headline(dict(row, note=f"{row['note']}; control: the smoothed network"), "§4", control)
-
-
-def networks_claim(rows):
-    """[the joint headline] of all networks, kernels included, among `rows` of `matched_claims`; [] where none is."""
-    verdicts = {}
-    for row in rows:
-        name, _, text = row["claim"].partition(": ")
-        if text == BELOW and not name.startswith("example") and not name.endswith(NAMES["linear"]):
-            verdicts[name.partition(", ")[2]] = row["verdict"]
-    return [claims.headline(claims.joint_claim(f"all networks: {BELOW}", verdicts), "§4")] if verdicts else []
-
-
 # ---------------------------------------------------------------- figures
 
 NAMES = dict(linear="linear probe", mlp="MLP", cnn="CNN", init="NTK at initialisation", end="NTK at the teacher's end")
@@ -604,9 +571,7 @@ def plot_matched(results, folder, name, title, temperature):
     for network, style in STYLES.items():
         axes[0, 0].plot([], [], label=network.replace(" T", f", T = {temperature:g}"), **style)
     claims.legend_below(figure, axes[0, 0])
-    figure.suptitle(
-        f"{title}\nratio: progress in the lower buckets over the teacher's at equal progress in the top one"
-    )
+    figure.suptitle(f"{title}\nratio: progress in the lower buckets over the teacher's at equal top progress")
     claims.save_figure(figure, folder, name)
 
 
@@ -632,18 +597,14 @@ def plot_linear(results, folder):
 
 
 def plot_risks(axes, results):
-    """Excess risk against the noise; points: means over simulated draws."""
+    """Excess risk against the noise."""
     ticks = dict(top=(0.03, 0.1, 0.3, 1), low=(0.7, 1, 1.5, 2))
     best = {"best early stop": dict(color=COLOURS["other"]), "best student": dict(color=COLOURS["more"], ls="--")}
     for axis, signal in zip(axes, ("top", "low"), strict=True):
-        for name, style in {**STYLES, **best}.items():
-            if name in results[0]["exact"][signal]:
-                risks = np.array([result["exact"][signal][name] for result in results])
-                axis.plot(NOISES, risks.T, color=style["color"], lw=0.4, alpha=0.4)
-                axis.plot(NOISES, risks.mean(0), **style, label=name)
-            if name in results[0]["simulated"][signal]:
-                risks = np.mean([result["simulated"][signal][name] for result in results], axis=0)
-                axis.plot(NOISES, risks, "o", ms=4, **style, label=f"{name}, simulated")
+        for name in results[0]["exact"][signal]:
+            risks, style = np.array([result["exact"][signal][name] for result in results]), {**STYLES, **best}[name]
+            axis.plot(NOISES, risks.T, color=style["color"], lw=0.4, alpha=0.4)
+            axis.plot(NOISES, risks.mean(0), **style, label=name)
         axis.set(xscale="log", yscale="log", xlabel="standard deviation of the noise")
         axis.set_title(f"risk, signal in {signal} directions")
         axis.set_xticks(NOISES, NOISES)
@@ -655,59 +616,51 @@ def plot_risks(axes, results):
 # ---------------------------------------------------------------- files, flags
 
 
-def kept_file(args, name, seed):
-    return Path(args.out) / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
-
-
-def parts_of(level, data, args):
-    """{name in seeds/: (function of a seed, what its result depends on)}."""
+def seeds_of(level, data, args, seeds):
+    """{network, or the linear level itself: [(file, what its result depends on, function) of each seed]}."""
     if level == "linear":
-        return {level: (linear_seed, dict(examples=EXAMPLES))}
-    settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
-    settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
-    compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
-    parts = {}
-    for arch in archs:
-        preset = NTK if level == "ntk" else CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
-        recipe = dict(settings, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
-        parts[f"{level}-{arch}"] = functools.partial(compute, data, arch, recipe), recipe
-    return parts
+        parts = {level: (linear_seed, dict(examples=EXAMPLES))}
+    else:
+        settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
+        settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
+        compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
+        parts = {}
+        for arch in archs:
+            preset = NTK if level == "ntk" else CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
+            recipe = dict(settings, lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
+            parts[f"{level}-{arch}"] = functools.partial(compute, data, arch, recipe), recipe
+    files = {}
+    for name, (compute, settings) in parts.items():
+        stem = f"{args.out}/seeds/{name.replace(':', '-')}"
+        files[name] = [(Path(f"{stem}-s{seed}.json"), settings, functools.partial(compute, seed)) for seed in seeds]
+    return files
 
 
-def results_of(level, data, args, seeds):
-    """{row of the figure: [result of each seed]}: architectures, kernels, or the linear level itself."""
+def results_of(level, seeds):
+    """{row of the figure: [result of each seed]}: networks, kernels, or the linear level itself; from `seeds_of`."""
     results = {}
-    for name, (compute, settings) in parts_of(level, data, args).items():
-        found = results[name.removeprefix("classifiers-")] = []
-        for seed in seeds:
-            found.append(runs.kept_result(kept_file(args, name, seed), settings, functools.partial(compute, seed)))
+    for name, of_seeds in seeds.items():
+        results[name.removeprefix("classifiers-")] = found = [runs.kept_result(*one) for one in of_seeds]
     if level == "ntk":
         return {kernel: [result[kernel] for result in found] for kernel in ("init", "end")}
     return results
 
 
-def kept_claims(path):
-    """The claims in a level's JSON, none where it is missing; InputError when it is not one."""
-    kept = runs.read_json(path) if path.exists() else {"claims": []}
-    return claims.checked_claims(kept.get("claims") if isinstance(kept, dict) else None, path)
-
-
 def load_images(args, levels):
     """{level: its Data}, checked against the flags: what cannot work is refused before anything is computed or lost."""
-    images = {"linear": None}  # its examples are made here
+    images = dict.fromkeys(levels)  # None for linear, whose examples are made here
     if "ntk" in levels:
         flags = common.only_flags(args, common.add_data_flags, common.add_device_flag, subset=args.points)
         try:
-            images["ntk"] = common.data_from(flags)
+            data = images["ntk"] = common.data_from(flags)
         except InputError as error:
             raise InputError(str(error).replace("--subset", "--points").replace(", or 0 for all", "")) from None
-        model = build_classifier(args.ntk_arch, images["ntk"], args.width, 0)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in build_classifier(args.ntk_arch, data, args.width, 0).parameters())
         # One class's Jacobian in float32, twice while put together and a half more; four n×n matrices in float64.
-        needed = (10 * args.points * parameters + 32 * args.points**2) / 2**30
-        if needed > args.memory_gb:
-            what = f"the empirical NTK of {args.points} points and {parameters:,} parameters needs {needed:.1f} GiB"
-            raise InputError(f"{what}: lower --points or --width, or allow it with --memory-gb {math.ceil(needed)}")
+        needed, free = 10 * args.points * parameters + 32 * args.points**2, common.free_memory(data.device)
+        if needed > free:
+            what = f"the empirical NTK of {args.points} points and {parameters:,} parameters needs {needed / 2**30:.1f}"
+            raise InputError(f"{what} GiB, {free / 2**30:.1f} are free: lower --points or --width")
     if "classifiers" in levels:
         images["classifiers"] = common.data_from(args)
         for arch in args.archs:
@@ -716,16 +669,23 @@ def load_images(args, levels):
 
 
 def draw(level, results, data, args):
-    """Write the level's figure, and its JSON with the claims."""
+    """Write the level's figure, and its JSON with the claims; returns these, and {network: verdict of `BELOW`}."""
+    verdicts = {}
     if level == "linear":
         rows = linear_claims(results[level])
         plot_linear(results[level], args.out)
     else:
         name, rows = data.facts["name"], []
         for what, of_seeds in results.items():
-            prefix = f"{name}, {f'{args.ntk_arch}, ' * (level == 'ntk')}{NAMES.get(what, what)}"
-            first, *others = matched_claims(prefix, of_seeds, temperature=args.temperature)
-            rows += [probe_headline(first, of_seeds) if what == "linear" else first, *others]
+            network = f"{f'{args.ntk_arch}, ' * (level == 'ntk')}{NAMES.get(what, what)}"
+            first, *others = matched_claims(f"{name}, {network}", of_seeds, temperature=args.temperature)
+            if what == "linear":
+                control = [compare(seed["paths"], "smoothed")["ratio"]["smoothed"].mean() for seed in of_seeds]
+                first["note"] += "; control: the smoothed network"
+                first = claims.headline(first, "§4", over_seeds(control))
+            else:
+                verdicts[network] = first["verdict"]
+            rows += [first, *others]
         title = f"First-layer weights in the eigenspace of their input, {name}"
         if level == "ntk":
             title = f"Logits of {args.ntk_arch} in the eigenspace of its empirical NTK, {name}, {args.points} points"
@@ -733,24 +693,22 @@ def draw(level, results, data, args):
         plot_matched(results, args.out, level, f"{title}, {seeds}", args.temperature)
     kept = dict(data=data and data.facts, seeds=args.seeds, claims=rows, results=results)
     runs.write_json(Path(args.out) / f"{level}.json", kept)
+    return rows, verdicts
 
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_data_flags(parser)
     add = parser.add_argument_group("the three levels").add_argument
-    positive = number(float, 0, 1e30, open_low=True)
-    add("--level", choices=(*LEVELS, "all"), default="all", help="which of the three levels")
+    add("--level", choices=(*LEVELS, "all"), default="all", help="what to measure and to list in claims.md")
     archs = f"classifiers: linear, {', '.join(common.ARCHS)} or torchvision:<name>"
     add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
     add("--ntk-arch", default="resnet8", help="ntk: the network")
     add("--points", type=number(int, 20), default=500, help="ntk: training images, class-balanced")
-    add("--memory-gb", type=positive, default=8.0, help="ntk: refuse larger kernels, in GiB")
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
     add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
     add("--steps", type=number(int, 2), help="steps of the teacher (default: by architecture)")
-    rate = "learning rate; classifiers: in units of 1/λ1 (default: by architecture)"
-    add("--lr", type=positive, help=rate)
+    add("--lr", type=number(float, 0, 1e30, open_low=True), help="classifiers: times 1/λ1 (default: by architecture)")
     add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="of the networks not at T = 1")
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], help="what the intervals are over")
@@ -761,28 +719,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
     args.device = engine.use_device(args.device)
-    levels = LEVELS if args.level == "all" else (args.level,)
-    images = load_images(args, levels)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    tables = [Path(args.out) / f"{level}.json" for level in LEVELS]
-    for table in tables:
-        kept_claims(table)  # a damaged one is named before the work
+    images = load_images(args, LEVELS if args.level == "all" else [args.level])
     seeds = engine.shard_of(args)
+    parts = {level: seeds_of(level, data, args, seeds) for level, data in images.items()}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.overwrite:  # once: interrupted, the command without it then goes on
-        for level in levels:
-            for name, seed in itertools.product(parts_of(level, images[level], args), seeds):
-                kept_file(args, name, seed).unlink(missing_ok=True)
+        for of_level in parts.values():
+            for file, *_ in itertools.chain(*of_level.values()):
+                file.unlink(missing_ok=True)
 
     engine.run_jobs(args)
-    results = {level: results_of(level, images[level], args, seeds) for level in levels}
+    results = {level: results_of(level, of_level) for level, of_level in parts.items()}
     if args.shard[1] > 1:
         return  # a figure needs all seeds: without --shard the command finds what its shards have kept
-    for level in levels:
-        draw(level, results[level], images[level], args)
-    rows = []
-    for table in tables:
-        rows += kept_claims(table)  # of every level in --out, also those of an earlier command
-    claims.save_claims(args.out, rows + networks_claim(rows))
+    rows, verdicts = [], {}
+    for level, data in images.items():
+        of_level, of_networks = draw(level, results[level], data, args)
+        rows, verdicts = rows + of_level, verdicts | of_networks
+    if verdicts:
+        rows.append(claims.headline(claims.joint_claim(f"all networks: {BELOW}", verdicts), "§4"))
+    claims.save_claims(args.out, rows)
 
 
 if __name__ == "__main__":

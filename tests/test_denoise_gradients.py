@@ -1,7 +1,6 @@
 """Gradient denoising: gradients by hand, unbiased estimates, the control, claims, and the script as it is run."""
 
 import json
-import math
 import shutil
 
 import numpy as np
@@ -66,13 +65,14 @@ def test_stream_equals_one_example_at_a_time():
 
 
 def test_smoothing_matches_the_entropy():
-    for entropy in (0.01, 0.8, 2.2):
-        smoothing = denoise_gradients.smoothing_of_entropy(entropy, 10)
-        targets = denoise_gradients.smoothed(torch.tensor([2, 0]), 10, smoothing)
-        assert torch.special.entr(targets).sum(1).tolist() == pytest.approx([entropy] * 2, rel=1e-4)
+    labels = torch.tensor([2, 0])
+    for alpha in (0.001, 0.3, 0.9):
+        targets = denoise_gradients.smoothed(labels, 10, alpha)
         assert targets.argmax(1).tolist() == [2, 0] and targets.sum(1).tolist() == pytest.approx([1, 1])
-    assert denoise_gradients.smoothing_of_entropy(math.log(10), 10) == pytest.approx(1.0, abs=1e-6)
-    assert denoise_gradients.smoothing_of_entropy(0.0, 10) == 0.0
+        # logits whose softmax at T = 2 these targets are
+        assert denoise_gradients.matched_smoothing(2 * targets.log(), 2.0) == pytest.approx(alpha, rel=1e-4)
+    assert denoise_gradients.matched_smoothing(torch.zeros(2, 10), 1.0) == pytest.approx(1.0, abs=1e-6)
+    assert denoise_gradients.matched_smoothing(1e4 * F.one_hot(labels, 10), 1.0) == 0.0
 
 
 # ---------------------------------------------------------------- measuring
@@ -227,7 +227,7 @@ def test_runs_are_those_of_the_training_scripts(finished, tmp_path, monkeypatch)
     assert same_run(finished / "runs/digits-resnet8-teacher-s1", "teacher")
     assert same_run(finished / "runs/digits-resnet8-denoise-kd-s1", "kd")
     # A run without the snapshots is named, with the way out.
-    with pytest.raises(InputError, match="lacks snapshot-.*--kd"):
+    with pytest.raises(InputError, match="snapshot-.* does not exist: .*--kd.*--snapshot-at"):
         denoise_gradients.main([*FLAGS, "--seeds", "1", "--teacher", "teacher", "--kd", "kd"])
 
 
