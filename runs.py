@@ -50,9 +50,8 @@ def cli(main):
     except InputError as error:
         sys.exit(_complain(error))
     except (MemoryError, RuntimeError) as error:
-        # On a CPU torch has no kind of its own for a failed allocation.
-        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-        if not memory:
+        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not memory and "DefaultCPUAllocator" not in str(error):  # a CPU's failed allocation has no kind of its own
             raise
         sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the model's size"))
     except OSError as error:
@@ -150,17 +149,15 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
 
 
-def number(kind, low=None, high=None, open_high=False, open_low=False):
+def number(kind, low, high=None, open_high=False, open_low=False):
     """An argparse type: a finite `kind` (int or float; an int has 64 bits) in low..high, ends excluded where open."""
-    limit = 2**63 if kind is int else math.inf
-    ends = f"{'(' if open_low else '['}{-limit if low is None else low}, {limit if high is None else high}"
-    ends += "]" if high is not None and not open_high else ")"
+    if high is None:
+        high, open_high = 2**63 if kind is int else math.inf, True
+    ends = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
 
     def parse(text):
         value = kind(text)
-        too_low = low is not None and (value < low or open_low and value == low)
-        too_high = high is not None and (value > high or open_high and value == high)
-        if not abs(value) < limit or too_low or too_high:
+        if not low <= value <= high or open_low and value == low or open_high and value == high:
             raise argparse.ArgumentTypeError(f"{text} is outside {ends}")
         return value
 
@@ -321,12 +318,11 @@ def kept_result(path, settings, compute, overwrite=False):
 
     path = Path(path)
     if path.exists() and not overwrite:
-        kept = read_json(path)
-        fields = dict(settings=dict, result=dict, sha256=str)
-        whole = isinstance(kept, dict) and all(isinstance(kept.get(key), kind) for key, kind in fields.items())
-        if not whole or kept["sha256"] != digest(kept["result"]):
-            raise InputError(f"{path} is not a finished seed, or has changed: remove it, or give --overwrite")
-        different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
+        with reading(path, "remove it, or discard all with --overwrite"):
+            kept = read_json(path)
+            if kept.get("sha256") != digest(kept.get("result")):
+                raise ValueError("it is not a finished seed, or has changed")
+            different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
         if different:
             raise InputError(f"{path} was made with other settings ({', '.join(different)}): {OTHER_PLACE}")
         return kept["result"]
@@ -482,29 +478,29 @@ def _start_run(run, args, role, seed, data, model, facts):
     for leftover in run.glob(".*.tmp"):  # of a run that was killed while it wrote
         if RUN_FILE.fullmatch(leftover.stem[1:]):
             leftover.unlink()
-    if not (run / "config.json").exists() and any(file.name != ".lock" for file in run.iterdir()):
+    path = run / "config.json"
+    if not path.exists() and any(file.name != ".lock" for file in run.iterdir()):
         raise InputError(f"{run} is not empty and not a run folder: choose another --out")
-    if (run / "config.json").exists() and not args.overwrite and read_json(run / "config.json") != DISCARDED:
-        before = read_config(run)
-        keys = ("role", "seed", "flags", "data", "facts")
-        pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
-        differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
-        stop, now = before["flags"].get("stop_epoch"), flags["stop_epoch"]
-        if differing.keys() == {"flags.stop_epoch"} and stop and (not now or now > stop):
-            # It goes on: the schedule hangs on --epochs alone.
-            (run / "logits.npz").unlink(missing_ok=True)
-            write_json(run / "config.json", config)
-            return True
-        if differing:
-            shown = "; ".join([*differing.values()][:4])
-            raise InputError(f"{run} holds a run with other settings ({shown}): {OTHER_PLACE}")
-        if (run / "logits.npz").exists():
-            print(f"{run} is finished already; --overwrite would train it again")
-            return False
+    if args.overwrite or not path.exists() or read_json(path) == DISCARDED:
+        discard_run(run)
+        write_json(path, config)
         return True
-    discard_run(run)
-    write_json(run / "config.json", config)
-    return True
+    before, keys = read_config(run), ("role", "seed", "flags", "data", "facts")
+    pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
+    differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
+    stop, now = before["flags"].get("stop_epoch"), flags["stop_epoch"]
+    if differing.keys() == {"flags.stop_epoch"} and stop and (not now or now > stop):
+        # It goes on: the schedule hangs on --epochs alone.
+        (run / "logits.npz").unlink(missing_ok=True)
+        write_json(path, config)
+        return True
+    if differing:
+        shown = "; ".join([*differing.values()][:4])
+        raise InputError(f"{run} holds a run with other settings ({shown}): {OTHER_PLACE}")
+    finished = (run / "logits.npz").exists()
+    if finished:
+        print(f"{run} is finished already; --overwrite would train it again")
+    return not finished
 
 
 def _differences(before, after, prefix=""):
