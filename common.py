@@ -7,6 +7,7 @@ are written [N, C] and so on; images are uint8 NHWC at rest and float NCHW (chan
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -196,45 +197,40 @@ def prepare_pictures(root, folder, splits, read, side, resize):
     """Read every picture once into folder/x_<split>.npy; InputError names the first ten unusable ones."""
     from PIL import ImageOps
 
-    unfinished, problems, cropped = folder.with_name(f".{folder.name}.tmp"), [], 0
+    unfinished, problems, cropped = folder.with_name(f".{folder.name}.tmp"), [], []
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
-    def pixels_of(name):
-        """(uint8 [side, side, 3] or what is wrong, whether the picture is square)"""
+    def prepare(images, k, name):
         try:
             image = open_picture(read(name), root / name)
+            if not resize and image.size != (side, side):
+                size = f"{image.width}×{image.height}, not {side}×{side}"
+                raise InputError(f"{root / name} is {size}: give --image-size to resize")
         except InputError as error:
-            return str(error), True
-        if not resize and image.size != (side, side):
-            size = f"{image.width}×{image.height}, not {side}×{side}"
-            return f"{root / name} is {size}: give --image-size to resize", True
-        return np.array(ImageOps.fit(image, (side, side))), image.width == image.height
+            problems.append(str(error))
+            return
+        images[k] = np.array(ImageOps.fit(image, (side, side)))
+        if image.width != image.height:
+            cropped.append(name)
 
-    # PIL decodes outside of the interpreter's lock.
-    with (
-        ThreadPoolExecutor(cores()) as pool,
-        tqdm(desc="reading pictures", total=sum(map(len, splits.values())), disable=None) as bar,
-    ):
+    total = sum(map(len, splits.values()))
+    # PIL decodes outside of the interpreter's lock. In parts, so that an interrupt need not wait for all pictures.
+    with ThreadPoolExecutor(cores()) as pool, tqdm(desc="reading pictures", total=total, disable=None) as bar:
         for split, files in splits.items():
             shape = (len(files), side, side, 3)
             images = np.lib.format.open_memmap(unfinished / f"x_{split}.npy", "w+", np.uint8, shape)
             for start in range(0, len(files), 1000):
                 names = [name for name, _ in files[start : start + 1000]]
-                for k, (pixels, square) in enumerate(pool.map(pixels_of, names), start):
-                    cropped += not square
-                    if isinstance(pixels, str):
-                        problems.append(pixels)
-                    else:
-                        images[k] = pixels
+                list(pool.map(prepare, itertools.repeat(images), itertools.count(start), names))
                 bar.update(len(names))
             images.flush()
     if problems:
         shutil.rmtree(unfinished)
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(problems[:10])}{more}")
+        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(sorted(problems)[:10])}{more}")
     if cropped:
-        print(f"{root}: {cropped} pictures are not square: resized along the short side, and the centre cropped")
+        print(f"{root}: {len(cropped)} pictures are not square: resized along the short side, and the centre cropped")
     facts = image_facts(*(np.load(unfinished / f"x_{split}.npy", mmap_mode="r") for split in splits))
     runs.write_json(unfinished / "facts.json", facts)
     os.replace(unfinished, folder)
