@@ -7,6 +7,7 @@ are written [N, C] and so on; images are uint8 NHWC at rest and float NCHW (chan
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -127,6 +128,9 @@ def folder_arrays(path, data_dir, image_size):
     with runs.reading(root, "give a folder, or a zip, with train/<class>/ and val/<class>/ (or test/<class>/)"):
         train, test = split_pictures(root, names, read)
     classes = sorted({label for _, label in train})
+    unknown = sorted({label for _, label in test} - set(classes))
+    if unknown:
+        raise InputError(f"{root} has test pictures of {', '.join(unknown[:5])}: train/ has no such class")
     side = image_size or open_picture(read(train[0][0]), root / train[0][0]).height
     listing = hashlib.sha256(json.dumps([train, test, side, [names.get(file) for file, _ in train + test]]).encode())
     beside = root.parent if os.access(root.parent, os.W_OK) else data_dir
@@ -135,14 +139,10 @@ def folder_arrays(path, data_dir, image_size):
         if not folder.is_dir():
             prepare_pictures(root, folder, dict(train=train, test=test), read, side, bool(image_size))
     arrays = dict(class_names=classes)
-    for split, files in (("train", train), ("test", test)):
-        with runs.reading(folder, "remove that folder, it is made again"):
-            arrays[f"x_{split}"] = np.load(folder / f"x_{split}.npy", mmap_mode="c")
-        unknown = {label for _, label in files} - set(classes)
-        if unknown:
-            raise InputError(f"{root} has test pictures of {', '.join(sorted(unknown)[:5])}: train/ has no such class")
-        arrays[f"y_{split}"] = np.searchsorted(classes, [label for _, label in files])
     with runs.reading(folder, "remove that folder, it is made again"):
+        for split, files in (("train", train), ("test", test)):
+            arrays[f"x_{split}"] = np.load(folder / f"x_{split}.npy", mmap_mode="c")
+            arrays[f"y_{split}"] = np.searchsorted(classes, [label for _, label in files])
         facts = runs.read_json(folder / "facts.json")
         if len(facts["sha256"]) != 64 or np.array([facts["mean"], facts["std"]], float).shape != (2, 3):
             raise ValueError("facts.json has other entries")
@@ -197,45 +197,40 @@ def prepare_pictures(root, folder, splits, read, side, resize):
     """Read every picture once into folder/x_<split>.npy; InputError names the first ten unusable ones."""
     from PIL import ImageOps
 
-    unfinished, problems, cropped = folder.with_name(f".{folder.name}.tmp"), [], 0
+    unfinished, problems, cropped = folder.with_name(f".{folder.name}.tmp"), [], []
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
-    def pixels_of(name):
-        """(uint8 [side, side, 3] or what is wrong, whether the picture is square)"""
+    def prepare(images, k, name):
         try:
             image = open_picture(read(name), root / name)
+            if not resize and image.size != (side, side):
+                size = f"{image.width}×{image.height}, not {side}×{side}"
+                raise InputError(f"{root / name} is {size}: give --image-size to resize")
         except InputError as error:
-            return str(error), True
-        if not resize and image.size != (side, side):
-            size = f"{image.width}×{image.height}, not {side}×{side}"
-            return f"{root / name} is {size}: give --image-size to resize", True
-        return np.array(ImageOps.fit(image, (side, side))), image.width == image.height
+            problems.append(str(error))
+            return
+        images[k] = np.array(ImageOps.fit(image, (side, side)))
+        if image.width != image.height:
+            cropped.append(name)
 
-    # PIL decodes outside of the interpreter's lock.
-    with (
-        ThreadPoolExecutor(cores()) as pool,
-        tqdm(desc="reading pictures", total=sum(map(len, splits.values())), disable=None) as bar,
-    ):
+    total = sum(map(len, splits.values()))
+    # PIL decodes outside of the interpreter's lock. In parts, so that an interrupt need not wait for all pictures.
+    with ThreadPoolExecutor(cores()) as pool, tqdm(desc="reading pictures", total=total, disable=None) as bar:
         for split, files in splits.items():
             shape = (len(files), side, side, 3)
             images = np.lib.format.open_memmap(unfinished / f"x_{split}.npy", "w+", np.uint8, shape)
             for start in range(0, len(files), 1000):
                 names = [name for name, _ in files[start : start + 1000]]
-                for k, (pixels, square) in enumerate(pool.map(pixels_of, names), start):
-                    cropped += not square
-                    if isinstance(pixels, str):
-                        problems.append(pixels)
-                    else:
-                        images[k] = pixels
+                list(pool.map(prepare, itertools.repeat(images), itertools.count(start), names))
                 bar.update(len(names))
             images.flush()
     if problems:
         shutil.rmtree(unfinished)
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(problems[:10])}{more}")
+        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(sorted(problems)[:10])}{more}")
     if cropped:
-        print(f"{root}: {cropped} pictures are not square: resized along the short side, and the centre cropped")
+        print(f"{root}: {len(cropped)} pictures are not square: resized along the short side, and the centre cropped")
     facts = image_facts(*(np.load(unfinished / f"x_{split}.npy", mmap_mode="r") for split in splits))
     runs.write_json(unfinished / "facts.json", facts)
     os.replace(unfinished, folder)
@@ -303,25 +298,21 @@ def check_arrays(arrays, source):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2] or not x.size:
             raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
-            needed = f"one whole number for each of the {len(x)} images"
-            raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must hold {needed}")
-    classes, labels = np.unique(arrays["y_train"], return_inverse=True)
+            raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must be whole numbers [{len(x)}]")
+    classes = np.unique(arrays["y_train"])
     unseen = np.setdiff1d(arrays["y_test"], classes)
     if len(unseen):
         raise InputError(f"{source}: test labels {unseen[:5].tolist()} are in no training image: remove those images")
     if len(classes) < 2:
         raise InputError(f"{source}: all training labels are {classes[0]}; there must be at least 2 classes")
-    if not np.array_equal(classes, np.arange(len(classes))):
-        print(
-            f"{source}: the {len(classes)} labels within {classes[0]}..{classes[-1]} are numbered 0..{len(classes) - 1}"
-        )
-    shapes = [list(arrays[key].shape[1:]) for key in ("x_train", "x_test")]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"{source}: train images are {shapes[0]} but test images {shapes[1]}: give both the same shape"
-        )
+    last = len(classes) - 1
+    if not np.array_equal(classes, np.arange(last + 1)):
+        print(f"{source}: the {last + 1} labels within {classes[0]}..{classes[-1]} are numbered 0..{last}")
+    train, test = (list(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
+    if train != test:
+        raise InputError(f"{source}: train images are {train} but test images {test}: give both the same shape")
     names = arrays.get("class_names") or [str(c) for c in classes.tolist()]
-    labels = dict(y_train=labels.astype(np.int64), y_test=np.searchsorted(classes, arrays["y_test"]).astype(np.int64))
+    labels = {key: np.searchsorted(classes, arrays[key]).astype(np.int64) for key in ("y_train", "y_test")}
     return dict(arrays, **labels, class_names=names)
 
 
@@ -351,8 +342,7 @@ class Data:
     def __post_init__(self):
         self.device = self.y_train.device
         self.padded = None if self.mapped else self.pad_black(self.x_train)
-        self.shifts = 2 * self.pad + 1
-        self.side = self.x_train.shape[1]
+        self.side, self.shifts = self.x_train.shape[1], 2 * self.pad + 1
         self.padded_side = self.side + 2 * self.pad
         ramp = torch.arange(self.side, device=self.device)
         straight = ramp.view(-1, 1) * self.padded_side + ramp
@@ -363,18 +353,15 @@ class Data:
         """With black before normalisation, which is what torchvision's RandomCrop(padding=p) does."""
         return F.pad(images, (0, 0, self.pad, self.pad, self.pad, self.pad))
 
-    def view_id(self, dy, dx, flip=0):
-        """Number of the view that crops at row dy, column dx (0 .. 2·pad) and mirrors where flip is 1."""
-        view = dy * self.shifts + dx
-        return view * 2 + flip if self.flip else view
-
     def batch(self, index, view):
-        """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B] (see view_id)."""
+        """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B].
+
+        The view that crops at row dy, column dx (0 .. 2·pad) is dy·shifts + dx; with flips twice that, + 1 if mirrored.
+        """
+        padded = self.padded
         if self.mapped:
             padded = self.pad_black(self.x_train[index.cpu()].to(self.device))
             index = torch.arange(len(index), device=self.device)
-        else:
-            padded = self.padded
         flip, shift = (view % 2, view // 2) if self.flip else (torch.zeros_like(view), view)
         corner = (index * self.padded_side + shift // self.shifts) * self.padded_side + shift % self.shifts
         pixels = padded.flatten(0, 2).index_select(0, (corner.view(-1, 1) + self.crops[flip]).flatten())
@@ -404,29 +391,28 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     label_noise = row.label_noise if label_noise is None else label_noise
     if subset > n:
         raise InputError(
-            f"--subset {subset} is larger than the {n} training images of {name}: use at most {n}, or 0 for all"
+            f"--subset {subset} is beyond the {n} training images of {name}: use at most {n}, or 0 for all"
         )
     facts = arrays.get("facts") or image_facts(x_train, x_test)
 
     noise = np.random.RandomState(stream_seed("label noise", data_seed) % 2**32)  # RandomState never changes
     flipped = noise.random_sample(n) < label_noise
     y_train = np.where(flipped, (y_clean + noise.randint(1, classes, n)) % classes, y_clean)
-    index = balanced_subset(y_clean, subset, data_seed) if subset else np.arange(n)
+    index = np.arange(n)
     if subset:
+        index = balanced_subset(y_clean, subset, data_seed)
         x_train, y_train, y_clean = x_train[index], y_train[index], y_clean[index]
 
     digest = hashlib.sha256(facts["sha256"].encode())
     for array in (index, y_train, y_clean, y_test):
         digest.update(np.ascontiguousarray(array).data)
-    described = dict(
-        name=name, classes=classes, image=list(x_train.shape[1:]), n_train=len(x_train), n_test=len(x_test)
-    )
-    described |= dict(subset=subset, label_noise=label_noise, flipped=int((y_train != y_clean).sum()))
-    described |= dict(data_seed=data_seed, sha256=digest.hexdigest(), class_names=arrays["class_names"])
+    described = dict(name=name, classes=classes, image=list(x_train.shape[1:]), n_train=len(x_train))
+    described |= dict(n_test=len(x_test), subset=subset, label_noise=label_noise)
+    described |= dict(flipped=int((y_train != y_clean).sum()), data_seed=data_seed)
+    described |= dict(sha256=digest.hexdigest(), class_names=arrays["class_names"])
     # On the device the training images lie twice, once with their border.
-    mapped = (
-        isinstance(x_train, np.memmap) and 3 * (x_train.nbytes + x_test.nbytes) > free_memory(torch.device(device)) / 2
-    )
+    needed = 3 * (x_train.nbytes + x_test.nbytes)
+    mapped = isinstance(x_train, np.memmap) and needed > free_memory(torch.device(device)) / 2
 
     def tensor(array, where=device):
         return torch.as_tensor(np.ascontiguousarray(array) if where == device else array).to(where)
@@ -464,19 +450,20 @@ def cores():
 
 # ---------------------------------------------------------------- models
 
-RESNET_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-ARCHS = tuple(f"resnet{depth}" for depth in RESNET_DEPTHS) + ("mobilenetv2", "mlp", "cnn")
+ARCHS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)) + ("mobilenetv2", "mlp", "cnn")
 
 
-def conv3x3(channels_in, channels_out, stride=1, groups=1):
-    return nn.Conv2d(channels_in, channels_out, 3, stride, 1, groups=groups, bias=False)
+def conv_norm(channels_in, channels_out, size=3, stride=1, groups=1):
+    """A convolution that keeps the side (over stride), and its batch normalisation."""
+    conv = nn.Conv2d(channels_in, channels_out, size, stride, size // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(channels_out)
 
 
 class BasicBlock(nn.Module):
     def __init__(self, channels_in, channels_out, stride):
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
-        self.conv2, self.bn2 = conv3x3(channels_out, channels_out), nn.BatchNorm2d(channels_out)
+        self.conv1, self.bn1 = conv_norm(channels_in, channels_out, stride=stride)
+        self.conv2, self.bn2 = conv_norm(channels_out, channels_out)
         self.stride, self.extra = stride, channels_out - channels_in
 
     def forward(self, x):
@@ -494,8 +481,7 @@ class ResNet(nn.Module):
     def __init__(self, depth, classes, in_channels=3, width=1.0):
         super().__init__()
         channels = max(1, round(16 * width))
-        layers = [conv3x3(in_channels, channels), nn.BatchNorm2d(channels), nn.ReLU()]
-        before = channels
+        layers, before = [*conv_norm(in_channels, channels), nn.ReLU()], channels
         for stage in range(3):
             for block in range((depth - 2) // 6):
                 after = channels * 2**stage
@@ -511,22 +497,12 @@ class InvertedResidual(nn.Module):
     def __init__(self, channels_in, channels_out, expansion, stride):
         super().__init__()
         hidden = expansion * channels_in
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels_in, hidden, 1, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(),
-            conv3x3(hidden, hidden, stride, groups=hidden),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(),
-            nn.Conv2d(hidden, channels_out, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
+        layers = [*conv_norm(channels_in, hidden, 1), nn.ReLU()]
+        layers += [*conv_norm(hidden, hidden, 3, stride, groups=hidden), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, *conv_norm(hidden, channels_out, 1))
         self.residual = stride == 1
-        self.shortcut = nn.Sequential()
-        if self.residual and channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
-            )
+        widens = self.residual and channels_in != channels_out
+        self.shortcut = nn.Sequential(*(conv_norm(channels_in, channels_out, 1) if widens else ()))
 
     def forward(self, x):
         return self.layers(x) + self.shortcut(x) if self.residual else self.layers(x)
@@ -543,14 +519,14 @@ class MobileNetV2(nn.Module):
     def __init__(self, classes, in_channels=3, width=1.0):
         super().__init__()
         before = max(1, round(32 * width))
-        layers = [conv3x3(in_channels, before), nn.BatchNorm2d(before), nn.ReLU()]
+        layers = [*conv_norm(in_channels, before), nn.ReLU()]
         for expansion, channels, repeats, stride in self.BLOCKS:
             for block in range(repeats):
                 after = max(1, round(channels * width))
                 layers.append(InvertedResidual(before, after, expansion, stride if not block else 1))
                 before = after
         last = round(1280 * max(1.0, width))
-        layers += [nn.Conv2d(before, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU()]
+        layers += [*conv_norm(before, last, 1), nn.ReLU()]
         self.features, self.fc = nn.Sequential(*layers), nn.Linear(last, classes)
 
     def forward(self, x):
@@ -624,7 +600,7 @@ def build_model(arch, classes, image, width=1.0, seed=0):
         with torch.no_grad():
             model.eval()(torch.zeros(1, channels, side, side))
     except (RuntimeError, ValueError, AssertionError) as error:
-        what = f"--arch {arch} does not fit images of {side}×{side}×{channels} ({runs.first_line(error)})"
+        what = f"--arch {arch} does not fit {side}×{side}×{channels} images ({runs.first_line(error)})"
         raise InputError(f"{what}: choose another architecture or larger images") from None
     return model.train()
 
@@ -637,8 +613,8 @@ def check_model(args, data):
         raise InputError(f"a batch of {batch} images does not split over {world} processes: give another --batch-size")
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if batch // world == 1 and normalises:
-        fix = f"use at least {2 * world}"
-        raise InputError(f"--batch-size (or --subset) {batch} leaves {args.arch} one image to normalise over: {fix}")
+        what = f"--batch-size (or --subset) {batch} leaves {args.arch} one image to normalise over"
+        raise InputError(f"{what}: use at least {2 * world}")
 
 
 # ---------------------------------------------------------------- loss
@@ -664,7 +640,6 @@ RECIPES = {
     "paper": dict(epochs=450, batch_size=1024, lr=1.0, warmup=15, schedule="step", milestones=(200, 300, 400)),
     "paper tiny-imagenet": dict(epochs=200, batch_size=1024, lr=0.1, warmup=5, schedule="step", milestones=(75, 135)),
 }
-SCHEDULES = ("cosine", "step")
 
 
 def learning_rate(step, args, per_epoch):
@@ -699,11 +674,8 @@ def add_data_flags(parser):
     add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures)")
     add("--data-dir", default="data", help="where datasets lie, and downloads go")
     add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
-    add(
-        "--label-noise",
-        type=number(float, 0, 1, open_high=True),
-        help="share of training labels replaced by another class (default: 0.3 for digits, else 0)",
-    )
+    noise = "share of training labels replaced by another class (default: 0.3 for digits, else 0)"
+    add("--label-noise", type=number(float, 0, 1, open_high=True), help=noise)
     add("--data-seed", type=number(int, 0), default=0, help="seed of the subset and of the label noise")
     add("--image-size", type=number(int, 8, 4096), help="resize the pictures of folder:PATH to this side")
 
@@ -713,23 +685,13 @@ def add_flags(parser, out_help=OUT_HELP):
     add_data_flags(parser)
     add = parser.add_argument_group("model and training").add_argument
     add("--arch", default="resnet8", help=f"{', '.join(ARCHS)} or torchvision:<name>")
-    add(
-        "--width",
-        type=number(float, 0, 64, open_low=True),
-        default=1.0,
-        help="multiplies the channels of the model",
-    )
-    add(
-        "--recipe",
-        choices=("quick", "short", "paper"),
-        default="quick",
-        help="preset of the six flags below",
-    )
+    add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the model's channels")
+    add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the six flags below")
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along")
     add("--batch-size", type=number(int, 1), help="images per step; an epoch's last, incomplete batch is dropped")
     add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
-    add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
+    add("--schedule", choices=("cosine", "step"), help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
     add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
@@ -740,15 +702,8 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add(
-        "--seeds",
-        "--seed",
-        type=number(int, 0),
-        nargs="+",
-        default=[0],
-        metavar="SEED",
-        help="one run for each",
-    )
+    seeds = ("--seeds", "--seed")
+    add(*seeds, type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
     add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: about 20 in a run)")
@@ -760,15 +715,13 @@ def add_flags(parser, out_help=OUT_HELP):
 
 
 def add_device_flag(group):
-    choices = ("auto", "cpu", "cuda")
-    group.add_argument("--device", choices=choices, default="auto", help="auto (the default) takes CUDA where it is")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
 
 
 def add_process_flags(parser):
     """--jobs and --shard, for the scripts that train a run for each seed."""
     add = parser.add_argument_group("processes").add_argument
-    jobs = "train that many seeds at a time, each in a process of its own"
-    add("--jobs", type=number(int, 1, 1000), default=1, help=jobs)
+    add("--jobs", type=number(int, 1, 1000), default=1, help="that many seeds at a time, each in its own process")
     shard = "i/n: train every n-th seed alone, from the i-th on (from 0), one of n machines (default: all)"
     add("--shard", type=runs.shard, default=(0, 1), help=shard)
 

@@ -37,6 +37,9 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line that names the fix; `cli` turns it into exit code 2."""
 
 
+OTHER_PLACE = "choose another --out, or discard it with --overwrite"
+
+
 def cli(main):
     """Run a script's `main()`: wrong input, a failed write or too little memory becomes one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -47,9 +50,8 @@ def cli(main):
     except InputError as error:
         sys.exit(_complain(error))
     except (MemoryError, RuntimeError) as error:
-        # On a CPU torch has no kind of its own for a failed allocation.
-        out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
+        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not memory and "DefaultCPUAllocator" not in str(error):  # a CPU's failed allocation has no kind of its own
             raise
         sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the model's size"))
     except OSError as error:
@@ -147,17 +149,15 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
 
 
-def number(kind, low=None, high=None, open_high=False, open_low=False):
+def number(kind, low, high=None, open_high=False, open_low=False):
     """An argparse type: a finite `kind` (int or float; an int has 64 bits) in low..high, ends excluded where open."""
-    limit = 2**63 if kind is int else math.inf
-    ends = f"{'(' if open_low else '['}{-limit if low is None else low}, {limit if high is None else high}"
-    ends += "]" if high is not None and not open_high else ")"
+    if high is None:
+        high, open_high = 2**63 if kind is int else math.inf, True
+    ends = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
 
     def parse(text):
         value = kind(text)
-        too_low = low is not None and (value < low or open_low and value == low)
-        too_high = high is not None and (value > high or open_high and value == high)
-        if not abs(value) < limit or too_low or too_high:
+        if not low <= value <= high or open_low and value == low or open_high and value == high:
             raise argparse.ArgumentTypeError(f"{text} is outside {ends}")
         return value
 
@@ -234,10 +234,7 @@ def write_npz(path, arrays):
 def read_json(path):
     """The value in a JSON file; InputError when it is missing or not JSON."""
     with reading(path):
-        try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_npz(path, keys=None):
@@ -288,23 +285,13 @@ def read_metrics(run):
     """All lines of a run's metrics.jsonl as dicts; InputError when one is missing or not what a run writes."""
     path = Path(run) / "metrics.jsonl"
     with reading(path, "train that run again with --overwrite"):
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not _are_metrics(lines) or not lines:
-            raise ValueError("its lines are not those of a run")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for epoch, line in enumerate(lines, 1):
+            if line.get("epoch") != epoch or not all(isinstance(value, (int, float)) for value in line.values()):
+                raise ValueError("its lines are not those of a run")
+        if not lines:
+            raise ValueError("it is empty")
         return lines
-
-
-def _are_metrics(lines):
-    """Whether `lines` are dicts of numbers for the epochs 1, 2, …"""
-    for k, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or line.get("epoch") != k:
-            return False
-        if not all(isinstance(value, (int, float)) for value in line.values()):
-            return False
-    return True
 
 
 def last_metrics(run):
@@ -331,17 +318,13 @@ def kept_result(path, settings, compute, overwrite=False):
 
     path = Path(path)
     if path.exists() and not overwrite:
-        kept = read_json(path)
-        fields = dict(settings=dict, result=dict, sha256=str)
-        whole = isinstance(kept, dict) and all(isinstance(kept.get(key), kind) for key, kind in fields.items())
-        if not whole or kept["sha256"] != digest(kept["result"]):
-            raise InputError(
-                f"{path} is not a finished seed, or has changed: remove it, or discard all with --overwrite"
-            )
-        different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
+        with reading(path, "remove it, or discard all with --overwrite"):
+            kept = read_json(path)
+            if kept.get("sha256") != digest(kept.get("result")):
+                raise ValueError("it is not a finished seed, or has changed")
+            different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
         if different:
-            advice = "choose another --out, or discard it with --overwrite"
-            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {advice}")
+            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {OTHER_PLACE}")
         return kept["result"]
     started = time.perf_counter()
     result = json.loads(json.dumps(compute()))
@@ -375,7 +358,7 @@ def versions():
 NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds teacher snapshot_at fast teacher_cache".split()
 NOT_COMPARED += ["tensorboard", "facts.teacher_test_acc", "facts.teacher_train_acc"]
 RUN_FILE = re.compile(
-    r"config\.json|metrics\.jsonl|checkpoint\.pt|snapshot-\d+\.pt|(logits|teacher)\.npz|events\.out\.tfevents\..+"
+    r"config\.json|metrics\.jsonl|(checkpoint|snapshot-\d+)\.pt|(logits|teacher)\.npz|events\.out\.tf.+"
 )
 DISCARDED = {"discarded": True}  # config.json of a folder that --overwrite emptied and training has not reached yet
 
@@ -403,9 +386,8 @@ def ranks():
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if missing or not all(os.environ[name].isdecimal() for name in needed[:3]):
-        raise InputError(
-            f"RANK is set, but {', '.join(missing) or 'not as torchrun does'}: use torchrun, or unset RANK"
-        )
+        what = ", ".join(missing) or "not as torchrun does"
+        raise InputError(f"RANK is set, but {what}: use torchrun, or unset RANK")
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -496,34 +478,29 @@ def _start_run(run, args, role, seed, data, model, facts):
     for leftover in run.glob(".*.tmp"):  # of a run that was killed while it wrote
         if RUN_FILE.fullmatch(leftover.stem[1:]):
             leftover.unlink()
-    if not (run / "config.json").exists() and any(file.name != ".lock" for file in run.iterdir()):
+    path = run / "config.json"
+    if not path.exists() and any(file.name != ".lock" for file in run.iterdir()):
         raise InputError(f"{run} is not empty and not a run folder: choose another --out")
-    if (run / "config.json").exists() and not args.overwrite and read_json(run / "config.json") != DISCARDED:
-        before = read_config(run)
-        keys = ("role", "seed", "flags", "data", "facts")
-        pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
-        differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
-        if differing.keys() == {"flags.stop_epoch"} and goes_on(before["flags"]["stop_epoch"], flags["stop_epoch"]):
-            (run / "logits.npz").unlink(missing_ok=True)
-            write_json(run / "config.json", config)
-            return True
-        if differing:
-            advice = "choose another --out, or discard it with --overwrite"
-            raise InputError(
-                f"{run} holds a run with other settings ({'; '.join([*differing.values()][:4])}): {advice}"
-            )
-        if (run / "logits.npz").exists():
-            print(f"{run} is finished already; --overwrite would train it again")
-            return False
+    if args.overwrite or not path.exists() or read_json(path) == DISCARDED:
+        discard_run(run)
+        write_json(path, config)
         return True
-    discard_run(run)
-    write_json(run / "config.json", config)
-    return True
-
-
-def goes_on(before, now):
-    """Whether a run with the --stop-epoch `before` goes on under `now`: the schedule hangs on --epochs alone."""
-    return before is not None and (now is None or now > before)
+    before, keys = read_config(run), ("role", "seed", "flags", "data", "facts")
+    pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
+    differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
+    stop, now = before["flags"].get("stop_epoch"), flags["stop_epoch"]
+    if differing.keys() == {"flags.stop_epoch"} and stop and (not now or now > stop):
+        # It goes on: the schedule hangs on --epochs alone.
+        (run / "logits.npz").unlink(missing_ok=True)
+        write_json(path, config)
+        return True
+    if differing:
+        shown = "; ".join([*differing.values()][:4])
+        raise InputError(f"{run} holds a run with other settings ({shown}): {OTHER_PLACE}")
+    finished = (run / "logits.npz").exists()
+    if finished:
+        print(f"{run} is finished already; --overwrite would train it again")
+    return not finished
 
 
 def _differences(before, after, prefix=""):
@@ -575,8 +552,7 @@ def finished_config(run):
     """config.json of a finished run; InputError when the folder is missing, not a run, or not finished."""
     run = Path(run)
     if not (run / "config.json").is_file():
-        advice = "give a folder that train_teacher.py or train_student.py wrote"
-        raise InputError(f"{run} is not a run folder (no config.json): {advice}")
+        raise InputError(f"{run} is not a run folder (no config.json): give one that train_teacher.py wrote")
     config = read_config(run)
     if not (run / "logits.npz").exists():
         command = config.get("command", "its training command")

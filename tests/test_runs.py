@@ -118,9 +118,9 @@ def test_a_config_holds_the_command_that_made_the_run(tiny_runs):
     "kind, text, limits",
     [
         (int, "0", dict(low=1)),
-        (int, str(2**63), {}),
-        (int, "1.5", {}),
-        (float, "nan", {}),
+        (int, str(2**63), dict(low=0)),
+        (int, "1.5", dict(low=0)),
+        (float, "nan", dict(low=0)),
         (float, "inf", dict(low=0)),
         (float, "1", dict(low=0, high=1, open_high=True)),
         (float, "0", dict(low=0, open_low=True)),
