@@ -450,7 +450,8 @@ def cores():
 
 # ---------------------------------------------------------------- models
 
-ARCHS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)) + ("mobilenetv2", "mlp", "cnn")
+RESNETS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))
+ARCHS = (*RESNETS, "mobilenetv2", "mlp", "cnn")
 
 
 def conv_norm(channels_in, channels_out, size=3, stride=1, groups=1):
@@ -640,6 +641,7 @@ RECIPES = {
     "paper": dict(epochs=450, batch_size=1024, lr=1.0, warmup=15, schedule="step", milestones=(200, 300, 400)),
     "paper tiny-imagenet": dict(epochs=200, batch_size=1024, lr=0.1, warmup=5, schedule="step", milestones=(75, 135)),
 }
+SCHEDULES = ("cosine", "step")
 
 
 def learning_rate(step, args, per_epoch):
@@ -691,7 +693,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--batch-size", type=number(int, 1), help="images per step; an epoch's last, incomplete batch is dropped")
     add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
-    add("--schedule", choices=("cosine", "step"), help="after warm-up: cosine to zero, or ×0.1 at each milestone")
+    add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
     add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
