@@ -297,6 +297,7 @@ class TeacherLogits:
         self.source, self.table = (source, None) if plain is None else ("plain", plain)
         self.sha256 = weights_hash(dict(logits=plain) if model is None else model.state_dict())
         self.wanted, self.held, self.passes = None, None, 0
+        self.facts, self.logits = {}, {}  # of a teacher from elsewhere: for a student's config.json and teacher.npz
 
     def follow(self, stream, epoch, views):
         """Name the epoch whose views [N] the next batches have. stream: the key of its views, (role, seed)."""
