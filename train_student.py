@@ -46,10 +46,7 @@ def add_teacher_flags(parser):
     add("--teacher-std", type=number(float, 0, 1, open_low=True), nargs="+", help=f"standard deviation {unit}")
     size = "resize the images to this side for it (default: for torchvision:<name> the size it was made for)"
     add("--teacher-size", type=number(int, 8, 4096), help=size)
-    add(
-        "--teacher-logits",
-        help="its logits [N, C] of the un-augmented training images, for every view (.npy, .npz, .pt)",
-    )
+    add("--teacher-logits", help="its logits [N, C] of the un-augmented training images, in their order (.npy, .npz)")
 
 
 def check_flags(args):
@@ -82,11 +79,12 @@ def open_teacher(name, args, data, **more):
         advice = "give the rows in the order of the training images, un-augmented"
         teacher = engine.TeacherLogits(None, data, plain=logits["train_logits"])
     else:
-        made_for = dict(mean=args.teacher_mean, std=args.teacher_std, size=args.teacher_size)
-        model = engine.load_weights(name, args.teacher_arch, data, **made_for)
-        logits = dict(train_logits=engine.logits_of(model, data, data.x_train))
-        logits["test_logits"] = engine.logits_of(model, data, data.x_test)
         facts = dict(teacher_arch=args.teacher_arch, teacher_mean=args.teacher_mean, teacher_std=args.teacher_std)
+        model = engine.load_weights(
+            name, args.teacher_arch, data, args.teacher_mean, args.teacher_std, args.teacher_size
+        )
+        parts = dict(train_logits=data.x_train, test_logits=data.x_test)
+        logits = {name: engine.logits_of(model, data, images) for name, images in parts.items()}
         advice = "check --teacher-arch, --teacher-mean, --teacher-std, --teacher-size and the order of its classes"
         accuracy = engine.check_above_chance(name, logits["test_logits"], data.y_test, advice)
         facts |= dict(teacher_size=model.size, teacher_test_acc=accuracy)
