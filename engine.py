@@ -137,7 +137,7 @@ def logits_of(model, data, images, batch=1000, precision="fp32"):
     training = model.training
     model.eval()
     with autocast(data.device.type, precision):
-        parts = [model(data.normalise(images[k : k + batch])).float() for k in range(0, len(images), batch)]
+        parts = [model(data.normalise(part)).float() for part in images.split(batch)]
     model.train(training)
     return torch.cat(parts)
 
@@ -244,17 +244,16 @@ def load_weights(file, arch, data, mean=None, std=None, size=None):
     if arch.startswith("torchvision:") and not size:
         size = common.torchvision_size(arch.removeprefix("torchvision:"))
     model = common.build_model(arch, data.classes, [size or side, size or side, channels])
-    state, wanted = read_state(file), model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in state and "num_batches_tracked" not in name]
-    wrong += [f"{name} is not of that architecture" for name in state if name not in wanted]
-    for name in sorted(state.keys() & wanted.keys()):
-        there, here = list(state[name].shape), list(wanted[name].shape)
-        wrong += [f"{name} is {there} there and {here} here"] if there != here else []
+    state, wanted, wrong = read_state(file), model.state_dict(), []
+    for name in sorted(state.keys() | wanted.keys()):
+        there, here = (list(part[name].shape) if name in part else "missing" for part in (state, wanted))
+        if there != here and not (there == "missing" and "num_batches_tracked" in name):  # which old files lack
+            wrong.append(f"{name} is {there} there and {here} here")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         fix = f"check --teacher-arch and the number of classes ({data.classes} here)"
         raise InputError(f"{file} does not fit {arch} ({'; '.join(wrong[:3])}{more}): {fix}")
-    model.load_state_dict(state, strict=False)  # compared above; old files lack num_batches_tracked
+    model.load_state_dict(state, strict=False)
     teacher = TeacherFromElsewhere(model, data, mean, std, size)
     return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
 
@@ -544,8 +543,7 @@ class _Run:
         sums = self.over_ranks()
         if not self.rank:
             spent = self.spent + time.perf_counter() - self.started
-            progress = dict(step=self.step, history=self.history, sums=sums, spent=spent)
-            save_state(path, self.model, self.optimizer, **progress)
+            save_state(path, self.model, self.optimizer, step=self.step, history=self.history, sums=sums, spent=spent)
         self.saved = time.monotonic()
 
     def line(self, **known):

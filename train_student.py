@@ -84,7 +84,7 @@ def open_teacher(name, args, data, **more):
             name, args.teacher_arch, data, args.teacher_mean, args.teacher_std, args.teacher_size
         )
         parts = dict(train_logits=data.x_train, test_logits=data.x_test)
-        logits = {name: engine.logits_of(model, data, images) for name, images in parts.items()}
+        logits = {key: engine.logits_of(model, data, images) for key, images in parts.items()}
         advice = "check --teacher-arch, --teacher-mean, --teacher-std, --teacher-size and the order of its classes"
         accuracy = engine.check_above_chance(name, logits["test_logits"], data.y_test, advice)
         facts |= dict(teacher_size=model.size, teacher_test_acc=accuracy)
