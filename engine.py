@@ -95,11 +95,12 @@ def run_jobs(args):
     if runs.ranks()[1] > 1:
         raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
     words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
-    words = [sys.executable, *words, *["--quiet"] * ("quiet" in args), "--jobs", "1", "--shard"]
+    quiet = ["--quiet"] * ("quiet" in args)
     threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // args.jobs))} | os.environ
     sys.stdout.flush()
-    places = range(first, len(args.seeds), every)
-    codes = side_by_side([[*words, f"{place}/{len(args.seeds)}"] for place in places], args.jobs, threads)
+    shards = [f"{place}/{len(args.seeds)}" for place in range(first, len(args.seeds), every)]
+    commands = [[sys.executable, *words, "--jobs", "1", "--shard", shard, *quiet] for shard in shards]
+    codes = side_by_side(commands, args.jobs, threads)
     if 130 in codes:
         runs.exit_interrupted()
     if 2 in codes:  # that process has said why
@@ -498,8 +499,7 @@ class _Run:
 
     def __init__(self, run, args, model, optimizer, steps, sums, snapshots=(), start_from=None, amount=None):
         self.run, self.args, self.model, self.optimizer, self.sums = run, args, model, optimizer, sums
-        self.per_epoch, self.total = steps
-        self.snapshots, self.amount = snapshots, amount
+        (self.per_epoch, self.total), self.snapshots, self.amount = steps, snapshots, amount
         self.rank, self.world = runs.ranks()
         self.silent = args.quiet or self.rank > 0
         self.checkpoint = run / "checkpoint.pt"
