@@ -165,14 +165,17 @@ def check_logits(logits, name, like=None):
         raise InputError(f"{what}: give the same points in the same order, and the same classes")
     logits = logits.astype(np.float64)
     if not np.isfinite(logits).all():
-        what = f"{name} has NaN or infinite values (first in row {np.argwhere(~np.isfinite(logits))[0, 0]})"
-        raise InputError(f"{what}: give finite logits, or log-probabilities clipped from below")
+        row = np.argwhere(~np.isfinite(logits))[0, 0]
+        raise InputError(
+            f"{name} has NaN or infinite values (first in row {row}): give finite logits, clipped if need be"
+        )
     if logits.min() >= 0 and np.allclose(logits.sum(1), 1, atol=1e-3):
-        fix = "give logits, or their logarithms: numpy.log(numpy.clip(p, 1e-12, None))"
+        fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None))"
         raise InputError(f"{name} has probabilities, rows that sum to 1: {fix}")
     if np.abs(logits).max() > 1e6:
-        what = f"{name} has values up to {np.abs(logits).max():.2g}"
-        raise InputError(f"{what}: these are no logits; check what was saved")
+        raise InputError(
+            f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved"
+        )
     return logits
 
 
@@ -181,15 +184,21 @@ def check_labels(labels, name, logits):
     labels, (n, classes) = np.asarray(labels), logits.shape
     fits = labels.shape == (n,) and labels.dtype.kind in "iu"
     if not fits or labels.min() < 0 or labels.max() >= classes:
-        what = f"{name} is {labels.dtype} {list(labels.shape)}"
-        raise InputError(f"{what}: it must hold {n} integers within 0..{classes - 1}")
+        there = f"{labels.dtype} {list(labels.shape)}"
+        raise InputError(f"{name} is {there}: it must hold {n} integers within 0..{classes - 1}")
     return labels.astype(np.int64)
 
 
 def load_array(path):
     """An array from FILE.npy, FILE.npz with a single array or FILE.npz:NAME; a tensor from .pt, .pth, .safetensors."""
     if Path(path).suffix in (".pt", ".pth", ".safetensors"):
-        return load_tensor(Path(path))
+        with runs.reading(path, "save the tensor itself, with torch.save or safetensors"):
+            found = runs.load_tensors(path)
+            tensors = list(found.values()) if isinstance(found, dict) else [found]
+            if len(tensors) != 1 or not torch.is_tensor(tensors[0]):
+                raise ValueError("it holds other things than one tensor")
+            tensor = tensors[0].float() if tensors[0].is_floating_point() else tensors[0]  # numpy has no bfloat16
+            return tensor.numpy()
     file, colon, key = str(path).partition(".npz:")
     file += ".npz" if colon else ""
     with runs.reading(file, "give a file that numpy.save or numpy.savez wrote"):
@@ -201,16 +210,6 @@ def load_array(path):
     if len(keys) != 1 or keys[0] not in loaded.files:
         raise InputError(f"{file} holds {', '.join(loaded.files)}: name one as {file}:NAME")
     return runs.read_npz(file, keys)[keys[0]]
-
-
-def load_tensor(path):
-    """The one tensor in a file of torch.save or safetensors as an array; no code in it is run."""
-    with runs.reading(path, "save the tensor itself, with torch.save or safetensors"):
-        found = runs.load_tensors(path)
-        tensors = list(found.values()) if isinstance(found, dict) else [found]
-        if len(tensors) != 1 or not torch.is_tensor(tensors[0]):
-            raise ValueError("it holds other things than one tensor")
-        return (tensors[0].float() if tensors[0].is_floating_point() else tensors[0]).numpy()  # numpy has no bfloat16
 
 
 def at_chance(point):
@@ -240,28 +239,25 @@ def points_from_files(args):
 
 def points_from_runs(teachers, students, controls=()):
     """{split: [one dict per seed, see `replicates`]} from run folders, train and test; one teacher may serve all."""
-    teachers = list(teachers) * len(students) if len(teachers) == 1 else teachers
-    controls = list(controls) * len(students) if len(controls) == 1 else controls
+    teachers, controls = (list(given) * (len(students) if len(given) == 1 else 1) for given in (teachers, controls))
     if len(teachers) != len(students) or controls and len(controls) != len(students):
         counts = f"{len(teachers)} teachers, {len(students)} students and {len(controls)} controls"
         raise InputError(f"{counts} cannot be paired: give the same number of each, or one teacher for all")
     points = {"train": [], "test": []}
     for k, student in enumerate(students):
-        folders = dict(teacher=teachers[k], student=student)
-        if controls:
-            folders["control"] = controls[k]
+        folders = dict(teacher=teachers[k], student=student, **(dict(control=controls[k]) if controls else {}))
         for run in folders.values():
             runs.finished_config(run)
-        arrays = {name: runs.read_npz(Path(run) / "logits.npz", engine.LOGITS) for name, run in folders.items()}
+        files = {name: Path(run) / "logits.npz" for name, run in folders.items()}
+        arrays = {name: runs.read_npz(file, engine.LOGITS) for name, file in files.items()}
         for split, seeds in points.items():
             logits, labels = {}, {}
-            for name, run in folders.items():  # the teacher's first
-                file = Path(run) / "logits.npz"
+            for name, file in files.items():  # the teacher's first
                 logits[name] = check_logits(arrays[name][f"{split}_logits"], file, logits.get("teacher"))
                 labels[name] = check_labels(arrays[name][f"{split}_labels"], file, logits[name])
                 if not np.array_equal(labels[name], labels["teacher"]):
-                    what = f"{run} and {folders['teacher']} have different {split} labels"
-                    raise InputError(f"{what}: train both on the same data")
+                    both = f"{folders[name]} and {folders['teacher']}"
+                    raise InputError(f"{both} have different {split} labels: train both on the same data")
             seeds.append(dict(teacher=logits.pop("teacher"), labels=labels["teacher"], networks=logits))
     return points
 
@@ -282,28 +278,29 @@ def deviation_claims(tables, section="§3.1"):
     """
     rows = []
     for split, table in tables.items():
-        student, minus_control = table["predicted"]["student"], table["predicted"].get("student-control")
-        control = table["predicted"].get("control", {})
-        alone = "no control given: selection alone can cause this" if split == "test" and not minus_control else ""
-        text = f"{split}: slope of the student's fit exceeds 1"
-        slope = claim_of(text, "> 1", student["slope"], 1, alone)
+        student, control = table["predicted"]["student"], table["predicted"].get("control", {})
+        alone = "no control given: selection alone can cause this" if split == "test" and not control else ""
+        steep = f"{split}: slope of the student's fit exceeds 1"
+        slope = claim_of(steep, "> 1", student["slope"], 1, alone)
         below = f"{split}: most of the teacher's hardest quarter lies below y = x"
         below = claim_of(below, "> 50%", student["low_below"], 0.5, alone)
         if section and split == "train":
             slope = claims.headline(slope, section, control.get("slope"))
         if section == "§3.1" and split == "train":
             below = claims.headline(below, section, control.get("low_below"), percent=True)
-        rows += [slope, below]
         of_label = "X and Y of the label instead of the predicted class"
-        rows.append(claim_of(f"{text} for the label's class", "> 1", table["label"]["student"]["slope"], 1, of_label))
-        if minus_control:
-            text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"
-            gap = "mean Y − X, student minus control"
-            lower = claim_of(text, "< 0", minus_control["low_gap"], 0, gap, above=False)
-            rows.append(claims.headline(lower, section) if section == "§3.1" else lower)
-            text = f"{split}: the student's slope exceeds the control's"
-            rows.append(claim_of(text, "> 0", minus_control["slope"], 0, "student minus control"))
-        if minus_control and split == "test":
+        label_slope = table["label"]["student"]["slope"]
+        rows += [slope, below, claim_of(f"{steep} for the label's class", "> 1", label_slope, 1, of_label)]
+        if not control:
+            continue
+        minus_control = table["predicted"]["student-control"]
+        text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"
+        note = "mean Y − X, student minus control"
+        lower = claim_of(text, "< 0", minus_control["low_gap"], 0, note, above=False)
+        rows.append(claims.headline(lower, section) if section == "§3.1" else lower)
+        text = f"{split}: the student's slope exceeds the control's"
+        rows.append(claim_of(text, "> 0", minus_control["slope"], 0, "student minus control"))
+        if split == "test":
             text = f"{split}: the student is more accurate than the one-hot control"
             accuracy = table["fidelity"]["student-control"]["accuracy"]
             rows.append(claim_of(text, "> 0", accuracy, 0, "difference of accuracies"))
@@ -339,12 +336,10 @@ def plot(points, tables, folder, title):
     grid = (len(points), len(networks))
     figure, axes = claims.pyplot().subplots(*grid, figsize=(4 * grid[1], 3.9 * grid[0] + 0.3), squeeze=False)
     for row, (split, seeds) in zip(axes, points.items(), strict=True):
-        of_network = {name: [] for name in ("teacher", *networks)}
-        for point in seeds:
-            chosen = np.argmax(point["teacher"], 1)
-            for name, logits in dict(point["networks"], teacher=point["teacher"]).items():
-                of_network[name].append(phi_of_class(logits, chosen))
-        phi = {name: np.concatenate(values) for name, values in of_network.items()}
+        every = [dict(point["networks"], teacher=point["teacher"]) for point in seeds]
+        phi = {}
+        for name in ("teacher", *networks):
+            phi[name] = np.concatenate([phi_of_class(logits[name], logits["teacher"].argmax(1)) for logits in every])
         pairs = (phi["teacher"], np.concatenate(list(phi.values())))
         x_ends, y_ends = (np.quantile(values, [0.001, 0.999]) + np.array([-0.5, 0.5]) for values in pairs)
         for axis, name in zip(row, networks, strict=True):
@@ -368,8 +363,7 @@ def report(points, out, title, resamples=2000, section="§3.1", why_not=None, qu
     for split, seeds in points.items():
         for teacher in [point["teacher"] for point in seeds]:
             if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
-                what = f"the teacher is equally confident on all {split} points"
-                raise InputError(f"{what}: there is no slope to fit; check its logits")
+                raise InputError(f"the teacher is equally confident on all {split} points: check its logits")
     out.mkdir(parents=True, exist_ok=True)
     total = resamples * sum(len(seeds) for seeds in points.values())
     with tqdm(total=total, desc="bootstrap", unit="draw", leave=False, disable=quiet or None) as bar:
@@ -402,21 +396,18 @@ def main(argv=None):
     add("--split", default="test", help="what to call these points")
     add = parser.add_argument_group("output").add_argument
     add("--title", help="title of the figure")
-    draws = "bootstrap draws behind each interval"
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figure, statistics and claims"
-    add("--out", metavar="FOLDER", default="results/fig1a", help=folder)
+    draws = number(int, 100, 1_000_000)
+    add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
+    add("--out", metavar="FOLDER", default="results/fig1a", help="folder for figure, statistics and claims")
     args = parser.parse_args(argv)
     of_runs = (args.teacher, args.student, args.control)
     of_files = (args.teacher_logits, args.student_logits, args.control_logits, args.labels)
     if any(of_runs) == any(of_files) or not (args.teacher and args.student or args.teacher_logits):
-        by_runs = "--teacher and --student run folders (and --control)"
         by_files = "--teacher-logits, --student-logits and --labels (and --control-logits)"
-        raise InputError(f"give either {by_runs}, or {by_files}")
+        raise InputError(f"give either --teacher and --student run folders (and --control), or {by_files}")
     folders = [os.path.realpath(run) for group in of_runs for run in set(group or ())]
     if len(set(folders)) < len(folders):
-        what = "the same run folder is named as two of teacher, student and control"
-        raise InputError(f"{what}: they must be different runs")
+        raise InputError("a run folder is named as two of teacher, student and control: give different runs")
     points = points_from_files(args) if args.teacher_logits else points_from_runs(*of_runs)
     first = next(iter(points.values()))
     title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"

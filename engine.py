@@ -55,8 +55,7 @@ def use_device(device, distributed=False):
     """
     rank, world = runs.ranks()
     if world > 1 and not distributed:
-        able = "train_teacher.py and train_student.py can"
-        raise InputError(f"torchrun shares one run among processes, which {able}: start this script without it")
+        raise InputError("torchrun is for train_teacher.py and train_student.py alone: start this script without it")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -94,16 +93,15 @@ def run_jobs(args):
     each saves, and this one exits 130.
     """
     first, every = args.shard
-    seeds = args.seeds[first::every]
-    if args.jobs == 1 or len(seeds) < 2:
+    if args.jobs == 1 or len(args.seeds[first::every]) < 2:
         return
     if runs.ranks()[1] > 1:
         raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
     words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
     quiet = ["--quiet"] * ("quiet" in args)
-    shards = [f"{first + k * every}/{len(args.seeds)}" for k in range(len(seeds))]
     threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // args.jobs))} | os.environ
     sys.stdout.flush()
+    shards = [f"{place}/{len(args.seeds)}" for place in range(first, len(args.seeds), every)]
     commands = [[sys.executable, *words, "--jobs", "1", "--shard", shard, *quiet] for shard in shards]
     codes = side_by_side(commands, args.jobs, threads)
     if 130 in codes:
@@ -111,8 +109,8 @@ def run_jobs(args):
     if 2 in codes:  # that process has said why
         raise SystemExit(2)
     if any(codes):
-        what = f"the process of a seed ended with code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
-        raise InputError(f"{what}: the same command goes on from what is finished")
+        code = f"code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
+        raise InputError(f"the process of a seed ended with {code}: the same command goes on from what is finished")
 
 
 def side_by_side(commands, at_once, environment):
@@ -144,16 +142,13 @@ def logits_of(model, data, images, precision="fp32"):
     model.eval()
     batch = FORWARD_BATCH[data.device.type]
     with autocast(data.device.type, precision):
-        parts = [model(data.normalise(images[k : k + batch])).float() for k in range(0, len(images), batch)]
+        parts = [model(data.normalise(part)).float() for part in images.split(batch)]
     model.train(training)
     return torch.cat(parts)
 
 
 def save_logits(run, model, data):
-    """Write logits.npz: float32 logits of the un-augmented train and test images, labels, clean labels, indices.
-
-    It is written last, so its presence says that the run is finished.
-    """
+    """Write logits.npz, the arrays LOGITS of un-augmented images; last, for it says that the run is finished."""
     train, test = (logits_of(model, data, images) for images in (data.x_train, data.x_test))
     values = (train, data.y_train, data.y_clean, data.index, test, data.y_test)
     arrays = {name: value.cpu().numpy() for name, value in zip(LOGITS, values, strict=True)}
@@ -171,8 +166,8 @@ def load_teacher(run, data, step=None):
     for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
         there, here = config["data"].get(key), data.facts[key]
         if there != here:
-            what = f"teacher {run} was trained on data with {key} {there}, the student's has {here}"
-            raise InputError(f"{what}: give both the same --data, --subset, --label-noise and --data-seed")
+            fix = "give both the same --data, --subset, --label-noise and --data-seed"
+            raise InputError(f"teacher {run} was trained on data with {key} {there}, the student's has {here}: {fix}")
     width = config["flags"].get("width", 1.0)
     if not isinstance(width, (int, float)) or not 0 < width <= 64:
         raise InputError(f"{run}/config.json has the width {width!r}: restore it, or train again with --overwrite")
@@ -216,10 +211,10 @@ class TeacherFromElsewhere(nn.Module):
         super().__init__()
         self.model, self.size = model, size
         # x = (pixels − data.mean) / data.std is wanted as (pixels − mean) / std = scale·x + shift.
-        given = [torch.tensor(values).float() if values else None for values in (mean, std)]
-        mean, std = (data.mean.cpu(), data.std.cpu()) if given[0] is None else given
-        self.register_buffer("scale", (data.std.cpu() / std).view(1, -1, 1, 1))
-        self.register_buffer("shift", ((data.mean.cpu() - mean) / std).view(1, -1, 1, 1))
+        own_mean, own_std = data.mean.cpu(), data.std.cpu()
+        mean, std = (torch.tensor(mean).float(), torch.tensor(std).float()) if mean else (own_mean, own_std)
+        self.register_buffer("scale", (own_std / std).view(1, -1, 1, 1))
+        self.register_buffer("shift", ((own_mean - mean) / std).view(1, -1, 1, 1))
 
     def forward(self, images):
         images = images * self.scale + self.shift
@@ -254,17 +249,16 @@ def load_weights(file, arch, data, mean=None, std=None, size=None):
     if arch.startswith("torchvision:") and not size:
         size = common.torchvision_size(arch.removeprefix("torchvision:"))
     model = common.build_model(arch, data.classes, [size or side, size or side, channels])
-    state, wanted = read_state(file), model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in state and "num_batches_tracked" not in name]
-    wrong += [f"{name} is not of that architecture" for name in state if name not in wanted]
-    for name in sorted(state.keys() & wanted.keys()):
-        there, here = list(state[name].shape), list(wanted[name].shape)
-        wrong += [f"{name} is {there} there and {here} here"] if there != here else []
+    state, wanted, wrong = read_state(file), model.state_dict(), []
+    for name in sorted(state.keys() | wanted.keys()):
+        there, here = (list(part[name].shape) if name in part else "missing" for part in (state, wanted))
+        if there != here and not (there == "missing" and "num_batches_tracked" in name):  # which old files lack
+            wrong.append(f"{name} is {there} there and {here} here")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         fix = f"check --teacher-arch and the number of classes ({data.classes} here)"
         raise InputError(f"{file} does not fit {arch} ({'; '.join(wrong[:3])}{more}): {fix}")
-    model.load_state_dict(state, strict=False)  # compared above; old files lack num_batches_tracked
+    model.load_state_dict(state, strict=False)
     teacher = TeacherFromElsewhere(model, data, mean, std, size)
     return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
 
@@ -273,12 +267,11 @@ def check_above_chance(name, logits, labels, fix):
     """Accuracy of logits [N, C] from elsewhere; InputError when they are not finite, or no better than chance."""
     if not torch.isfinite(logits).all():
         raise InputError(f"{name} gives NaN or infinite logits: {fix}")
-    predicted, classes = logits.argmax(1).cpu().numpy(), logits.shape[1]
-    accuracy, chance, above = claims.agreement(predicted, labels.cpu().numpy(), classes)
+    predicted = logits.argmax(1).cpu().numpy()
+    accuracy, chance, above = claims.agreement(predicted, labels.cpu().numpy(), logits.shape[1])
     if not above:
-        raise InputError(
-            f"{name} is no better than chance here ({100 * accuracy:.1f}%, chance {100 * chance:.1f}%): {fix}"
-        )
+        found = f"{100 * accuracy:.1f}%, chance {100 * chance:.1f}%"
+        raise InputError(f"{name} is no better than chance here ({found}): {fix}")
     return accuracy
 
 
@@ -301,6 +294,7 @@ class TeacherLogits:
         self.source, self.table = (source, None) if plain is None else ("plain", plain)
         self.sha256 = weights_hash(dict(logits=plain) if model is None else model.state_dict())
         self.wanted, self.held, self.passes = None, None, 0
+        self.facts, self.logits = {}, {}  # of a teacher from elsewhere: for a student's config.json and teacher.npz
 
     def follow(self, stream, epoch, views):
         """Name the epoch whose views [N] the next batches have. stream: the key of its views, (role, seed)."""
@@ -308,17 +302,15 @@ class TeacherLogits:
 
     def ready(self):
         """Have the table of the epoch that is followed. Its memory stays the same: a CUDA graph reads it."""
-        if self.source in ("live", "plain") or self.held == self.wanted[:2] or self.source == "views" and self.held:
-            return
-        if self.held is None:
-            of = f"all {self.data.n_views} views" if self.source == "views" else "each epoch's views"
-            print(f"teacher logits: from a table of {of}")
-        if self.source == "views":
-            table, self.passes = self._all_views(), self.data.n_views
-        else:
+        if self.source == "views" and self.table is None:
+            print(f"teacher logits: from a table of all {self.data.n_views} views")
+            self.table, self.passes = self._all_views(), self.data.n_views
+        if self.source == "epochs" and self.held != self.wanted[:2]:
+            if self.table is None:
+                print("teacher logits: from a table of each epoch's views")
             table = self._epoch(*self.wanted)
-        self.table = table if self.table is None else self.table.copy_(table)
-        self.held = self.wanted[:2]
+            self.table = table if self.table is None else self.table.copy_(table)
+            self.held = self.wanted[:2]
 
     def __call__(self, images, index, view):
         """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
@@ -405,10 +397,8 @@ def teacher_source(args, data, students, streams, folder):
         if data.n_views * per_view < common.free_memory(data.device) / 2:
             passes["views"] = data.n_views
     if not passes:
-        size = f"{data.n_views * per_view / 1e9:.1f} GB"
-        raise InputError(
-            f"--teacher-cache on: tables of {size} fit neither into memory nor on the disk: use auto or off"
-        )
+        size = f"tables of {data.n_views * per_view / 1e9:.1f} GB"
+        raise InputError(f"--teacher-cache on: {size} fit neither into memory nor on the disk: use auto or off")
     return min(passes, key=passes.get)
 
 
@@ -514,16 +504,14 @@ class _Run:
 
     def __init__(self, run, args, model, optimizer, steps, sums, snapshots=(), start_from=None, amount=None):
         self.run, self.args, self.model, self.optimizer, self.sums = run, args, model, optimizer, sums
-        self.per_epoch, self.total = steps
-        self.snapshots, self.amount = snapshots, amount
+        (self.per_epoch, self.total), self.snapshots, self.amount = steps, snapshots, amount
         self.rank, self.world = runs.ranks()
         self.silent = args.quiet or self.rank > 0
         self.checkpoint = run / "checkpoint.pt"
         self.step, self.history, self.spent, self.started = 0, [], 0.0, time.perf_counter()
         source = self.checkpoint if self.checkpoint.exists() else start_from
         if source is not None:
-            restored = restore_state(source, model, optimizer, self.per_epoch, self.total, sums.device)
-            self.step, self.history, self.spent, kept = restored
+            self.step, self.history, self.spent, kept = restore_state(source, model, optimizer, *steps, sums.device)
             sums.copy_(kept) if not self.rank else sums.zero_()
             if source == self.checkpoint and self.step < self.total and not self.silent:
                 print(f"{run}: continuing at step {self.step} of {self.total}")
@@ -545,9 +533,9 @@ class _Run:
         # Weights and outputs too: the loss of a step is older than what the step did to them.
         values = torch.stack([self.over_ranks()[0], *(p.detach().double().sum() for p in self.model.parameters())])
         if not torch.isfinite(values).all() or not all(map(math.isfinite, dict(line).values())):
+            fix = f"lower --lr (now {self.args.lr:g}) or lengthen --warmup, and discard this run with --overwrite"
             what = f"the loss or the weights became NaN or infinite by step {self.step} of {self.run}"
-            kept = "discard this run with --overwrite (its last good checkpoint is kept)"
-            raise InputError(f"{what}: lower --lr (now {self.args.lr:g}) or lengthen --warmup, and {kept}")
+            raise InputError(f"{what}: {fix} (its last good checkpoint is kept)")
 
     def is_old(self):
         """Whether the checkpoint is older than SAVE_SECONDS; for torchrun, whose clocks differ, after every epoch."""
@@ -560,8 +548,7 @@ class _Run:
         sums = self.over_ranks()
         if not self.rank:
             spent = self.spent + time.perf_counter() - self.started
-            progress = dict(step=self.step, history=self.history, sums=sums, spent=spent)
-            save_state(path, self.model, self.optimizer, **progress)
+            save_state(path, self.model, self.optimizer, step=self.step, history=self.history, sums=sums, spent=spent)
         self.saved = time.monotonic()
 
     def line(self, **known):
@@ -569,10 +556,9 @@ class _Run:
         loss, hits, seen = self.over_ranks().tolist()  # waits for the device, so that the time is its own
         seconds = self.spent + time.perf_counter() - self.started
         unit, amount = self.amount or ("images", seen)
-        line = dict(epoch=self.step // self.per_epoch, step=self.step, **known, train_loss=loss / seen)
-        return dict(
-            line, train_acc=hits / seen, seconds=round(seconds, 3), **{f"{unit}_per_s": round(amount / seconds, 1)}
-        )
+        known |= dict(train_loss=loss / seen, train_acc=hits / seen, seconds=round(seconds, 3))
+        known[f"{unit}_per_s"] = round(amount / seconds, 1)
+        return dict(epoch=self.step // self.per_epoch, step=self.step, **known)
 
     def end_epoch(self, line, bar):
         self.check_finite(line)

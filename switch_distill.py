@@ -84,10 +84,8 @@ def train_seed(base, args, seed, data, steps, teacher):
     _, total = common.total_steps(args, data)
     folders, trunks = run_folders(base, args, seed, steps, total)
     weights = {"onehot": (1.0, 0.0), "kd": (args.ce_weight, args.kd_weight)}
-    flags = {}
-    for name, (ce_weight, kd_weight) in weights.items():
-        changed = dict(ce_weight=ce_weight, kd_weight=kd_weight)
-        flags[name] = common.only_flags(args, common.add_flags, add_student_flags, **changed)
+    one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
+    flags = {"onehot": one_hot, "kd": args}
     kept = {step for step in steps.values() if 0 < step < total} | common.snapshot_steps(args, data)
 
     train_student(trunks["onehot"], flags["onehot"], seed, data, snapshots=kept)
@@ -100,8 +98,7 @@ def train_seed(base, args, seed, data, steps, teacher):
             # from the start: slower, with the same result.
             start = latest_snapshot(trunks[before], steps[s])
             switch = dict(direction=direction, step=steps[s], window=args.window)
-            more = dict(weights_at=weights_at, start_from=start, switch=switch)
-            train_student(run, flags[after], seed, data, teacher, **more)
+            train_student(run, flags[after], seed, data, teacher, weights_at, start_from=start, switch=switch)
 
 
 # ---------------------------------------------------------------- measures
@@ -224,8 +221,8 @@ def curves(folders):
         found.append({line["epoch"]: line["test_acc"] for line in runs.read_metrics(run) if "test_acc" in line})
     epochs = np.array(sorted(set.intersection(*map(set, found))))
     if not len(epochs):
-        what = f"{', '.join(map(str, folders))}: metrics.jsonl has no epoch with a test_acc in all"
-        raise InputError(f"{what}: train these again with --overwrite")
+        of = ", ".join(map(str, folders))
+        raise InputError(f"{of}: metrics.jsonl has no epoch with a test_acc in all: train these again with --overwrite")
     return epochs, 100 * np.array([[curve[epoch] for epoch in epochs] for curve in found])
 
 
@@ -276,10 +273,9 @@ def parse(argv):
     add("--switch-at", type=number(float, 0, 1), nargs="+", default=default, metavar="S", help=shares)
     window = "steps over which the weights move linearly to the new loss (0: at once)"
     add("--window", type=number(int, 0), default=0, metavar="STEPS", help=window)
-    draws = "bootstrap draws behind each interval"
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figures, tables and claims"
-    add("--results", default="results/fig1b", metavar="FOLDER", help=folder)
+    draws = number(int, 100, 1_000_000)
+    add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
+    add("--results", default="results/fig1b", metavar="FOLDER", help="folder for figures, tables and claims")
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")

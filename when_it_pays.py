@@ -147,23 +147,20 @@ def plot(rows, folder, title):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    common.add_flags(
-        parser, out_help="prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)"
-    )
+    common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)")
     add_student_flags(parser)
     common.add_process_flags(parser)
     add = parser.add_argument_group("stopped teachers and results").add_argument
     at = "shares of training after which the teacher is stopped"
     share, default = number(float, 0, 1, open_low=True), [0.1, 0.2, 0.4, 0.7, 1]
     add("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
-    draws = "bootstrap draws behind each interval"
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=2000, metavar="N", help=draws)
-    folder = "folder for figure, tables and claims"
-    add("--results", default="results/pays", metavar="FOLDER", help=folder)
+    draws = number(int, 100, 1_000_000)
+    add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
+    add("--results", default="results/pays", metavar="FOLDER", help="folder for figure, tables and claims")
     args = engine.resolve(parser.parse_args(argv))
     if args.teacher or not args.kd_weight or "{seed}" in (args.out or ""):
-        what = "this script trains its own teachers and distils from them; --out is a prefix"
-        raise InputError(f"{what}: leave out --teacher and {{seed}}, and give --kd-weight above 0")
+        fix = "leave out --teacher and {seed}, and give --kd-weight above 0"
+        raise InputError(f"this script trains its own teachers and distils from them; --out is a prefix: {fix}")
     data = common.data_from(args)
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
