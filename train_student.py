@@ -36,6 +36,39 @@ def add_student_flags(parser):
     add("--teacher-cache", choices=("auto", "on", "off"), default="auto", help=cache)
 
 
+def train_student(run, args, seed, data, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts):
+    """Train one student in the run folder `run`, unless it is finished already.
+
+    args: all flags of a script; teacher: `engine.TeacherLogits`, or None for a one-hot student; weights_at(step) ->
+    (ce_weight, kd_weight), by default the two flags throughout; snapshots, start_from as in `engine.train`; facts go
+    into config.json and are compared.
+    """
+    args = common.only_flags(args, common.add_flags, add_student_flags)
+    if teacher is None:
+        args.temperature = None  # no distillation term: one control serves all temperatures
+
+    def loss_fn(student, images, labels, teacher_logits, ce_weight, kd_weight):
+        logits = student(images).float()
+        loss = ce_weight * F.cross_entropy(logits, labels)
+        if teacher_logits is not None:
+            loss = loss + kd_weight * common.kd_loss(logits, teacher_logits, args.temperature)
+        return loss, logits
+
+    def flags_throughout(step):
+        return args.ce_weight, args.kd_weight
+
+    student = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    facts |= dict(teacher.facts, teacher_sha256=teacher.sha256) if teacher else dict(teacher_sha256=None)
+    with runs.locked(run):
+        if runs.start_run(run, args, "student", seed, data, student, **facts):
+            if teacher and teacher.logits and not runs.ranks()[0]:
+                arrays = {name: value.cpu().numpy() for name, value in teacher.logits.items()}
+                runs.write_npz(Path(run) / "teacher.npz", arrays)
+            more = dict(teacher=teacher, snapshots=snapshots, start_from=start_from)
+            weights_at = weights_at or flags_throughout
+            engine.train_images(run, student, data, args, "student", seed, loss_fn, weights_at, **more)
+
+
 def add_teacher_flags(parser):
     """The flags of a teacher from elsewhere: what it is stands in config.json among the facts."""
     add = parser.add_argument_group("a teacher from elsewhere").add_argument
@@ -94,39 +127,6 @@ def open_teacher(name, args, data, **more):
     print(f"{name}: {claims.fit_note(fit)}")
     teacher.logits, teacher.facts = logits, dict(facts, teacher_train_acc=fit)
     return teacher
-
-
-def train_student(run, args, seed, data, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts):
-    """Train one student in the run folder `run`, unless it is finished already.
-
-    args: all flags of a script; teacher: `engine.TeacherLogits`, or None for a one-hot student; weights_at(step) ->
-    (ce_weight, kd_weight), by default the two flags throughout; snapshots, start_from as in `engine.train`; facts go
-    into config.json and are compared.
-    """
-    args = common.only_flags(args, common.add_flags, add_student_flags)
-    if teacher is None:
-        args.temperature = None  # no distillation term: one control serves all temperatures
-
-    def loss_fn(student, images, labels, teacher_logits, ce_weight, kd_weight):
-        logits = student(images).float()
-        loss = ce_weight * F.cross_entropy(logits, labels)
-        if teacher_logits is not None:
-            loss = loss + kd_weight * common.kd_loss(logits, teacher_logits, args.temperature)
-        return loss, logits
-
-    def flags_throughout(step):
-        return args.ce_weight, args.kd_weight
-
-    student = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-    facts |= dict(teacher.facts, teacher_sha256=teacher.sha256) if teacher else dict(teacher_sha256=None)
-    with runs.locked(run):
-        if runs.start_run(run, args, "student", seed, data, student, **facts):
-            if teacher and teacher.logits and not runs.ranks()[0]:
-                arrays = {name: value.cpu().numpy() for name, value in teacher.logits.items()}
-                runs.write_npz(Path(run) / "teacher.npz", arrays)
-            more = dict(teacher=teacher, snapshots=snapshots, start_from=start_from)
-            weights_at = weights_at or flags_throughout
-            engine.train_images(run, student, data, args, "student", seed, loss_fn, weights_at, **more)
 
 
 def print_next(args, folders, teachers):
