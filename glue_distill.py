@@ -18,7 +18,6 @@ import csv
 import hashlib
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -79,13 +78,14 @@ class Split:
     """
 
     first: list
-    second: list | None
     labels: np.ndarray
+    second: list | None = None
     probability: np.ndarray | None = None
 
     def take(self, index):
         first, second = (texts and [texts[k] for k in index] for texts in (self.first, self.second))
-        return Split(first, second, self.labels[index], None if self.probability is None else self.probability[index])
+        probability = None if self.probability is None else self.probability[index]
+        return Split(first, self.labels[index], second, probability)
 
     def sentences(self):
         return self.first + (self.second or [])
@@ -108,26 +108,24 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and
     nested draw; 0 for all. InputError for an unknown task, a torn or missing file, or too few texts.
     """
-    splits, classes = load_splits(name, Path(data_dir), data_seed)
+    splits, names = load_splits(name, Path(data_dir), data_seed)
     n = len(splits["train"].labels)
     if subset > n:
         raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
     index = np.arange(n)
     if subset:
         index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset])
-    splits["train"] = splits["train"].take(index)
-    if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(splits["test"].labels) < 8:
+    splits["train"], test = splits["train"].take(index), splits["test"]
+    if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
         needed = "train and test need two classes each, and 8 test texts at least"
         raise InputError(f"{name}: {needed}: give more data or a larger --subset")
     digest = hashlib.sha256(repr([(key, s.first, s.second, s.labels.tolist()) for key, s in splits.items()]).encode())
-    facts = dict(name=name, classes=len(classes), class_names=list(classes), subset=subset, label_noise=0.0)
-    facts |= dict(
-        data_seed=data_seed, sha256=digest.hexdigest(), **{f"n_{key}": len(splits[key].labels) for key in splits}
-    )
-    test = splits["test"]
+    facts = dict(name=name, classes=len(names), class_names=list(names), subset=subset, label_noise=0.0)
+    facts |= dict(data_seed=data_seed, sha256=digest.hexdigest())
+    facts |= {f"n_{key}": len(split.labels) for key, split in splits.items()}
     if test.probability is not None:
         facts["bayes_accuracy"] = float((test.probability.argmax(1) == test.labels).mean())
-    return Texts(splits, len(classes), index, facts)
+    return Texts(splits, len(names), index, facts)
 
 
 def load_splits(name, data_dir, data_seed):
@@ -137,26 +135,27 @@ def load_splits(name, data_dir, data_seed):
         return {part: sentiment(n, part, data_seed) for part, n in parts}, ("negative", "positive")
     if name in GLUE:
         return glue(name, data_dir), GLUE[name].classes
-    if name in HUB and not (data_dir / name).is_dir():
-        repository, classes = HUB[name]
-        instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
-        return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
-    if name in HUB or name.startswith("csv:"):
-        return csv_splits(Path(name[4:]) if name.startswith("csv:") else data_dir / name, data_seed)
-    raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
+    if name.startswith("csv:"):
+        return csv_splits(Path(name[4:]), data_seed)
+    if name not in HUB:
+        raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
+    if (data_dir / name).is_dir():
+        return csv_splits(data_dir / name, data_seed)
+    repository, classes = HUB[name]
+    instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
+    return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
 
 
 def glue(name, data_dir):
-    """The splits of a GLUE task, from its original folder in data_dir, else from the hub."""
-    task = GLUE[name]
-    files, parts = dict(train="train.tsv", test="dev.tsv"), dict(train="train", test="validation")
+    """The splits of a GLUE task, from its original folder in data_dir or data_dir/glue, else from the hub."""
+    task, parts = GLUE[name], dict(train="train", test="dev")
     if name == "mnli":
-        files |= dict(test="dev_matched.tsv", mismatched="dev_mismatched.tsv")
-        parts |= dict(test="validation_matched", mismatched="validation_mismatched")
-    folder = data_dir / task.folder
-    if folder.is_dir():
-        return {key: read_tsv(folder / file, name) for key, file in files.items()}
-    instead = f"{', '.join(files.values())} of GLUE into {folder}"
+        parts |= dict(test="dev_matched", mismatched="dev_mismatched")
+    for folder in (data_dir / task.folder, data_dir / "glue" / task.folder):
+        if folder.is_dir():
+            return {key: read_tsv(folder / f"{part}.tsv", name) for key, part in parts.items()}
+    instead = f"{', '.join(f'{part}.tsv' for part in parts.values())} of GLUE into {data_dir / task.folder}"
+    parts = {key: part.replace("dev", "validation") for key, part in parts.items()}
     return hub("nyu-mll/glue", name.replace("-", ""), task.hub_columns or task.columns, parts, instead)
 
 
@@ -168,8 +167,8 @@ def hub(repository, config, columns, parts, instead):
     with runs.reading(repository, f"put {instead}"):
         for key, part in parts.items():
             loaded = datasets.load_dataset(repository, config, split=part)
-            texts = [list(loaded[column]) for column in columns]
-            splits[key] = Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(loaded["label"], np.int64))
+            first, *second = (list(loaded[column]) for column in columns)
+            splits[key] = Split(first, np.array(loaded["label"], np.int64), *second)
     return splits
 
 
@@ -178,8 +177,7 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    _, columns, label, classes, _ = GLUE[name]
-    fix = "put GLUE's original file there"
+    task, fix = GLUE[name], "put GLUE's original file there"
     with runs.reading(path, fix):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
@@ -187,45 +185,50 @@ def read_tsv(path, name):
     if name == "cola":  # has no header
         rows.insert(0, (0, ["source", "label", "star", "sentence"]))
     header = rows.pop(0)[1] if rows else []
-    missing = [column for column in (*columns, label) if column not in header]
+    missing = [column for column in (*task.columns, task.label) if column not in header]
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
-    columns, label, width = [header.index(column) for column in columns], header.index(label), len(header)
-    torn = {line for line, row in rows if len(row) != width or row[label] not in classes}
-    if torn and name != "qqp":
-        what = f"{path}, line {min(torn)}: the row has not {width} columns, or not the label {' or '.join(classes)}"
-        raise InputError(f"{what}: repair or remove that line")
-    if torn:
-        print(f"{path}: {len(torn)} torn rows skipped")
-    whole = [row for line, row in rows if line not in torn]
-    texts = [[row[column] for row in whole] for column in columns]
-    labels = np.array([classes.index(row[label]) for row in whole], np.int64)
-    return Split(texts[0], texts[1] if len(texts) > 1 else None, labels)
+    label, whole = header.index(task.label), []
+    for k, row in rows:
+        if len(row) == len(header) and row[label] in task.classes:
+            whole.append(row)
+        elif name != "qqp":
+            what = f"the row has not {len(header)} columns, or not the label {' or '.join(task.classes)}"
+            raise InputError(f"{path}, line {k}: {what}: repair or remove that line")
+    if len(whole) < len(rows):
+        print(f"{path}: {len(rows) - len(whole)} torn rows skipped")
+    first, *second = ([row[header.index(column)] for row in whole] for column in task.columns)
+    return Split(first, np.array([task.classes.index(row[label]) for row in whole], np.int64), *second)
 
 
 def csv_splits(path, data_seed):
     """(splits, class names) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth is the
     test split. Prints the classes."""
     if path.is_dir():
-        splits = {part: read_csv(path / f"{part}.csv") for part in ("train", "test")}
-        if (splits["train"].second is None) != (splits["test"].second is None):
+        train, test = (read_csv(path / f"{part}.csv") for part in ("train", "test"))
+        if (train.second is None) != (test.second is None):
             raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
         table = read_csv(path)
         order = torch.randperm(len(table.labels), generator=common.generator("split", data_seed)).numpy()
-        test, train = np.split(order, [len(order) // 5])
-        splits = dict(train=table.take(np.sort(train)), test=table.take(np.sort(test)))
-    names = class_names(path, splits["train"].labels)
-    unseen = {label for label in splits["test"].labels if class_of(label) not in names}
+        test, train = (table.take(np.sort(part)) for part in np.split(order, [len(order) // 5]))
+    names = {}  # {class: the shortest way in which it is written}
+    for label in sorted(set(train.labels), key=lambda label: (class_of(label), len(label), label)):
+        names.setdefault(class_of(label), label)
+    values = [value for is_word, value, _ in names if not is_word]
+    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
+        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
+        raise InputError(f"{what}: give classes, such as its values in a few bins")
+    unseen = [label for label in test.labels if class_of(label) not in names]
     if unseen:
         raise InputError(f"{path}: the label {min(unseen)!r} is in no training text: give some, or remove these texts")
-    numbers, counts = {key: k for k, key in enumerate(names)}, Counter()
-    for split in splits.values():
-        counts.update(class_of(label) for label in split.labels)
+    numbers = {key: k for k, key in enumerate(names)}
+    for split in (train, test):
         split.labels = np.array([numbers[class_of(label)] for label in split.labels], np.int64)
-    shown = [f"{name[:40]} ({counts[key]})" for key, name in names.items()][:20]
+    counts = np.bincount(np.concatenate([train.labels, test.labels]))
+    shown = [f"{name[:40]} ({count})" for name, count in zip(names.values(), counts, strict=True)][:20]
     print(f"{path}: {len(names)} classes; the first ones, with their numbers of texts: {', '.join(shown)}")
-    return splits, list(names.values())
+    return dict(train=train, test=test), list(names.values())
 
 
 def class_of(label):
@@ -233,18 +236,6 @@ def class_of(label):
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?", label, re.IGNORECASE):
         return 0, Decimal(label), ""
     return 1, Decimal(0), label
-
-
-def class_names(path, labels):
-    """{class_of(label): the shortest way in which it is written}, sorted; InputError for a regression target."""
-    names = {}
-    for label in sorted(set(labels), key=lambda label: (len(label), label)):
-        names.setdefault(class_of(label), label)
-    values = [value for is_word, value, _ in names if not is_word]
-    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
-        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
-        raise InputError(f"{what}: give classes, such as its values in a few bins")
-    return dict(sorted(names.items()))
 
 
 def read_csv(path):
@@ -267,24 +258,20 @@ def read_csv(path):
     if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
         needed = "it must name the columns text[,text2],label, with commas between, not tabs or semicolons"
         raise InputError(f"{path}, line 1 is {','.join(header)[:80]!r}: {needed}")
-    label = header.index("label")
-    known = {row[label] for _, row in rows if len(row) == len(header)}
+    width, label = len(header), header.index("label")
     rows = [(start, row) for start, row in rows if row]  # without blank lines
+    known = {row[label] for _, row in rows if len(row) == width}
     for start, row in rows:
-        if len(row) != len(header) or not row[label].strip():
-            what = f"the row has {len(row)} columns instead of {len(header)}, or no label"
+        if len(row) != width or not row[label].strip():
+            what = f"the row has {len(row)} columns instead of {width}, or no label"
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
-        if any(holds_a_row(cell, len(header), label, known) for cell in row):
+        # Two stray quotes join rows to a cell of several lines, of which one has all columns and a known label.
+        lines = "\n".join(cell for cell in row if len(cell.splitlines()) > 1).splitlines()
+        if any(len(cells) == width and cells[label] in known for cells in (line.split(",") for line in lines)):
             raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
     table = {name: [row[k] for _, row in rows] for k, name in enumerate(header)}
     labels = np.array([word.strip() for word in table["label"]], dtype=object)
-    return Split(table["text"], table.get("text2"), labels)
-
-
-def holds_a_row(cell, columns, label, known):
-    """Whether a cell of several lines has one with all columns and a known label: two stray quotes have joined rows."""
-    lines = [line.split(",") for line in cell.splitlines()]
-    return len(lines) > 1 and any(len(line) == columns and line[label] in known for line in lines)
+    return Split(table["text"], labels, table.get("text2"))
 
 
 # The embedded task. Strong words count 2, mild ones 1.
@@ -299,7 +286,6 @@ BAD = {
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
 VERBS = "is was seems feels looked remains"
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
-CERTAINTY = 2.0  # log-odds per point of sentiment
 
 
 def sentiment(n, part, data_seed):
@@ -336,13 +322,12 @@ def sentiment(n, part, data_seed):
             text, score = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}", score + 0.4 * less
         texts.append(f"{text} .")
         scores.append(score)
-    positive = 1 / (1 + np.exp(-CERTAINTY * np.array(scores)))
-    return Split(texts, None, (rng.random(n) < positive).astype(np.int64), np.stack([1 - positive, positive], axis=1))
+    positive = 1 / (1 + np.exp(-2 * np.array(scores)))
+    labels = (rng.random(n) < positive).astype(np.int64)
+    return Split(texts, labels, probability=np.stack([1 - positive, positive], axis=1))
 
 
 # ---------------------------------------------------------------- tokens and batches
-
-SPECIAL = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
 
 
 def byte_level_bpe(texts, vocab_size):
@@ -351,12 +336,12 @@ def byte_level_bpe(texts, vocab_size):
     from tokenizers.processors import RobertaProcessing
     from transformers import PreTrainedTokenizerFast
 
-    bpe, special = ByteLevelBPETokenizer(), list(SPECIAL.values())
-    bpe.train_from_iterator(texts, vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
-    end, start = (("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>")))
-    bpe._tokenizer.post_processor = RobertaProcessing(end, start)
-    inputs = dict(tokenizer_object=bpe._tokenizer, model_input_names=["input_ids", "attention_mask"])
-    return PreTrainedTokenizerFast(**inputs, **SPECIAL, cls_token="<s>", sep_token="</s>")
+    special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, 2, show_progress=False, special_tokens=list(special.values()))
+    bpe._tokenizer.post_processor = RobertaProcessing(*((word, bpe.token_to_id(word)) for word in ("</s>", "<s>")))
+    special |= dict(cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
 
 @dataclass
@@ -376,9 +361,8 @@ def encode(tokenizer, first, second, max_length, device):
     """Texts as `Tokens`, truncated to max_length (the longer of a pair first)."""
     tokenizer.padding_side = "right"
     options = dict(truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    inputs = tokenizer(first, *[second] if second else [], return_attention_mask=True, **options)
-    lengths = inputs["attention_mask"].sum(1)
-    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, lengths)
+    inputs = tokenizer(first, second, return_attention_mask=True, **options)
+    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, inputs["attention_mask"].sum(1))
 
 
 def length_batches(lengths, batch, *key, pool=50):
@@ -831,7 +815,7 @@ def parse(argv):
     open_share, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
-    add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
+    add("--data-dir", default="data", help="where GLUE's folders (CoLA, …) lie, or glue/CoLA, …; else downloaded")
     add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
     add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most")

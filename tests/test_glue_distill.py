@@ -122,6 +122,9 @@ def write_glue(root, task, n=24):
 def test_glue_files_are_read_with_their_quirks(task, tmp_path):
     folder = write_glue(tmp_path, task)
     data = glue_distill.load_task(task, tmp_path)
+    (tmp_path / "below").mkdir()
+    shutil.copytree(folder, tmp_path / "below" / "glue" / folder.name)  # where GLUE's folders have one of their own
+    assert glue_distill.load_task(task, tmp_path / "below").facts == data.facts
     train, labels = data.splits["train"], GLUE_ROWS[task][2]
     assert len(train.first) == 24 and train.first[5] == 'he said " no 5\x0c twice\r or'
     assert train.labels.tolist() == [k % len(labels) for k in range(24)] and data.facts["class_names"] == labels
