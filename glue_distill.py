@@ -244,16 +244,16 @@ def read_csv(path):
     InputError names the line in which a row begins that is torn, or that a stray quote joins with others.
     """
     rows, start = [], 1
-    with runs.reading(path, "save it as UTF-8 CSV with the columns text[,text2],label"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
-            try:
-                for row in reader:
-                    rows.append((start, row))
-                    start = reader.line_num + 1
-            except csv.Error as error:
-                fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
-                raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
+    fix = "save it as UTF-8 CSV with the columns text[,text2],label"
+    with runs.reading(path, fix), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
+        try:
+            for row in reader:
+                rows.append((start, row))
+                start = reader.line_num + 1
+        except csv.Error as error:
+            fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
+            raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
     header = rows.pop(0)[1] if rows else []
     if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
         needed = "it must name the columns text[,text2],label, with commas between, not tabs or semicolons"
@@ -443,9 +443,7 @@ def scratch_model(name, data, args):
     shape |= dict(vocab_size=len(tokenizer), type_vocab_size=1, num_labels=data.classes)
     shape["max_position_embeddings"] = args.max_length + tokenizer.pad_token_id + 1
     # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-    shape["initializer_range"] = 0.02 * math.sqrt(768 / hidden)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return RobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id, **ends), tokenizer
+    return RobertaConfig(**shape, initializer_range=0.02 * math.sqrt(768 / hidden)), tokenizer
 
 
 def saved_model(name, data, args):
@@ -454,7 +452,13 @@ def saved_model(name, data, args):
 
     with runs.reading(f"model {name}", MODEL_FIX):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        if not fits(tokenizer, config, data.splits["train"].first[:200]):
+        texts = data.splits["train"].first[:200]
+        # Where files are missing, transformers makes up an empty tokenizer, to which every text is unknown.
+        unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
+        whole = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
+        # A number beyond the vocabulary would read past the embedding's end.
+        within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
+        if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
             own = "put the model's own there (tokenizer.json, or vocab.txt, or vocab.json and merges.txt)"
             raise InputError(f"the tokenizer in {name} is of another family than its model, or incomplete: {own}")
         classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
@@ -468,16 +472,6 @@ def saved_model(name, data, args):
         if args.max_length > positions:
             raise InputError(f"--max-length {args.max_length} is too long for {name}: give at most {positions}")
         return config, tokenizer
-
-
-def fits(tokenizer, config, texts):
-    """Whether a tokenizer can be the one that the model was trained with."""
-    # Where files are missing, transformers makes up an empty one, to which every text is unknown.
-    unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
-    usable = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
-    # A number beyond the vocabulary would read past the embedding's end.
-    within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
-    return usable and within and config.pad_token_id in (None, tokenizer.pad_token_id)
 
 
 def build_classifier(model, key, pretrained=None):
@@ -497,7 +491,7 @@ def build_classifier(model, key, pretrained=None):
                 network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
             network = network.float()
             # The head, and BERT's pooler, may be new.
-            encoder = [name for name in info["missing_keys"] if name.startswith(network.base_model_prefix + ".")]
+            encoder = [name for name in info["missing_keys"] if name.startswith(f"{network.base_model_prefix}.")]
             lost = sorted(name for name in encoder if "pooler" not in name)
             if lost:
                 what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
@@ -517,18 +511,13 @@ def learning_rate(step, peak, warmup, total):
     return peak * min((step + 1) / (rise + 1), (total - step) / (total - rise))
 
 
-def run_flags(args, model, lr, epochs):
+def run_flags(args, model, lr, epochs, **more):
     """The flags that a run depends on, as `runs.start_run` compares them, and those that `engine.train` reads."""
     kept = {name: getattr(args, name) for name in ("batch_size", "warmup", "precision", "device", "overwrite", "quiet")}
-    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept)
+    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept, **more)
 
 
-def no_test(at_end):
-    """What `engine.train` is given where nothing is evaluated on the way: pretraining."""
-    return {}
-
-
-def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, weights_at=engine.one_hot, **more):
+def train_texts(run, network, tokens, flags, key, loss_of, weights_at, evaluate, **more):
     """Train `network` with AdamW on `tokens` in the run folder `run`; orders and dropout follow `key`.
 
     loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
@@ -542,6 +531,7 @@ def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, wei
     optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
     torch.manual_seed(common.stream_seed("dropout", *key))
     sums = torch.zeros(3, dtype=torch.float64, device=flags.device)
+    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
 
     def batches(epoch):
         return list(enumerate(length_batches(tokens.lengths, flags.batch_size, *key, epoch), epoch * per_epoch))
@@ -549,10 +539,8 @@ def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, wei
     def lr_at(step):
         return learning_rate(step, flags.lr, flags.warmup, total)
 
-    steps, amount = (per_epoch, total), ("tokens", int(tokens.lengths.sum()))
-    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
-    loop = (steps, batches, take_step, sums, lr_at, weights_at, evaluate)
-    engine.train(run, flags, network, optimizer, *loop, amount=amount, **more)
+    loop = ((per_epoch, total), batches, take_step, sums, lr_at, weights_at, evaluate)
+    engine.train(run, flags, network, optimizer, *loop, amount=("tokens", int(tokens.lengths.sum())), **more)
 
 
 def mask_tokens(ids, special, mask_id, vocabulary, *key):
@@ -583,14 +571,13 @@ def pretrain(run, model, args, seed, data):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
         network = RobertaForMaskedLM(model.config).to(args.device)
-    special = torch.tensor(sorted(model.tokenizer.all_special_ids))
-    mask, vocabulary = model.tokenizer.mask_token_id, len(model.tokenizer)
+    special = torch.tensor(model.tokenizer.all_special_ids)
 
     def loss_of(batch, ce_weight, kd_weight):
         step, index = batch
         inputs = tokens.batch(index)
         ids = inputs["input_ids"].cpu()
-        corrupted, chosen = mask_tokens(ids, special, mask, vocabulary, seed, step)
+        corrupted, chosen = mask_tokens(ids, special, model.tokenizer.mask_token_id, len(model.tokenizer), seed, step)
         inputs["input_ids"], targets = corrupted.to(args.device), ids[chosen].to(args.device)
         with engine.autocast(args.device, args.precision):
             loss, hits = masked_loss(network.roberta, network.lm_head, inputs, chosen.to(args.device), targets)
@@ -599,7 +586,7 @@ def pretrain(run, model, args, seed, data):
     flags = run_flags(args, model, 2 * model.lr, args.mlm_epochs)
     with runs.locked(run):
         runs.start_run(run, flags, "mlm", seed, data, network, **model.facts)
-        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of)
+        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of, engine.one_hot, evaluate=lambda at_end: {})
     return network.state_dict()
 
 
@@ -631,19 +618,19 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
             line |= {f"{key}_{name}": value for name, value in found.items()}
         return line
 
-    facts = dict(initial_sha256=engine.weights_hash(network.state_dict()))
-    facts["teacher_sha256"] = None if teacher is None else hashlib.sha256(teacher.tobytes()).hexdigest()
     weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
     before, after = SWITCHES.get(mode, (mode, mode))
     weights_at = switch_distill.switched_weights(weights[before], weights[after], step)
+    facts = dict(model.facts, initial_sha256=engine.weights_hash(network.state_dict()), teacher_sha256=None)
+    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs, temperature=None)
+    flags.ce_weight, flags.kd_weight = weights.get(mode, weights["kd"])
+    if mode != "onehot":  # whose one run serves all teachers and temperatures
+        facts["teacher_sha256"], flags.temperature = hashlib.sha256(teacher.tobytes()).hexdigest(), args.temperature
     if mode in SWITCHES:
         facts["switch"] = dict(direction=mode, step=step)
-    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs)
-    flags.ce_weight, flags.kd_weight = weights["onehot" if teacher is None else "kd"]
-    flags.temperature = None if teacher is None else args.temperature  # one control serves all temperatures
     with runs.locked(run):
-        if runs.start_run(run, flags, role, seed, data, network, **model.facts, **facts):
-            train_texts(run, network, tokens, flags, (role, seed), loss_of, evaluate, weights_at, **more)
+        if runs.start_run(run, flags, role, seed, data, network, **facts):
+            train_texts(run, network, tokens, flags, (role, seed), loss_of, weights_at, evaluate, **more)
             save_logits(run, network, model, data)
 
 
@@ -675,11 +662,11 @@ def scores(logits, labels):
     logits [N, C]."""
     from sklearn.metrics import f1_score, matthews_corrcoef
 
-    predicted, labels = logits.argmax(1).cpu().numpy(), np.asarray(labels)
-    average = "binary" if logits.shape[1] == 2 else "macro"
-    f1 = float(f1_score(labels, predicted, average=average, zero_division=0))
+    predicted = logits.argmax(1).cpu().numpy()
+    f1 = f1_score(labels, predicted, average="binary" if logits.shape[1] == 2 else "macro", zero_division=0)
     accuracy, mcc = float((predicted == labels).mean()), float(matthews_corrcoef(labels, predicted))
-    return dict(acc=accuracy, mcc=mcc, f1=f1, loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item())
+    loss = F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item()
+    return dict(acc=accuracy, mcc=mcc, f1=float(f1), loss=loss)
 
 
 # ---------------------------------------------------------------- all networks of a seed
@@ -691,19 +678,16 @@ def run_folders(args, base, seed, models):
     def folder(*words):
         return Path("-".join([base, *words, f"s{seed}"]))
 
-    teacher = Path(args.teacher).name
     masked = [name for name, model in models.items() if model.scratch and args.mlm_epochs]
     folders = {f"{name} mlm": folder(Path(name).name, "mlm") for name in masked}
+    teacher, whats = Path(args.teacher).name, []
     folders["teacher"] = folder(teacher, "teacher")
+    for mode in args.mode:
+        whats += [f"{mode} {s:g}" for s in args.switch_at] if mode in SWITCHES else [mode]
     for student in args.student:
-        short = Path(student).name
-        for mode in args.mode:
-            if mode == "onehot":
-                folders[f"{student} onehot"] = folder(short, "onehot")
-            elif mode == "kd":
-                folders[f"{student} kd"] = folder(teacher, short, "kd")
-            else:
-                folders |= {f"{student} {mode} {s:g}": folder(teacher, short, f"{mode}-{s:g}") for s in args.switch_at}
+        for what in whats:
+            given = [] if what == "onehot" else [teacher]
+            folders[f"{student} {what}"] = folder(*given, Path(student).name, *what.split())
     return folders
 
 
@@ -717,63 +701,59 @@ def train_seed(args, seed, data, models, folders):
 
     train("teacher", args.teacher, "teacher")
     teacher = runs.read_npz(folders["teacher"] / "logits.npz", ("train_logits",))["train_logits"]
-    directions = [mode for mode in args.mode if mode in SWITCHES]
     for student in args.student:
         total = math.ceil(data.facts["n_train"] / args.batch_size) * (args.epochs or models[student].epochs)
         steps = {s: round(s * total) for s in args.switch_at}
-        kept = set(steps.values()) if directions else ()
-        if "onehot" in args.mode:
-            train(f"{student} onehot", student, snapshots=kept)
-        if "kd" in args.mode:
-            train(f"{student} kd", student, mode="kd", teacher=teacher, snapshots=kept)
-        for direction in directions:
-            trunk = folders.get(f"{student} {SWITCHES[direction][0]}")
+        kept = set(steps.values()) if set(SWITCHES) & set(args.mode) else ()
+        for mode in args.mode:  # the pure ones first
+            more = dict(mode=mode, teacher=None if mode == "onehot" else teacher)
+            if mode not in SWITCHES:
+                train(f"{student} {mode}", student, **more, snapshots=kept)
+                continue
+            trunk = folders.get(f"{student} {SWITCHES[mode][0]}")
             for s, step in steps.items():
                 # From the state that the unswitched run had at the switch: half the time, and on a CPU the same
                 # weights. Where that run is not among the modes, from the start.
                 start = trunk and switch_distill.latest_snapshot(trunk, step)
-                more = dict(mode=direction, teacher=teacher, step=step, start_from=start)
-                train(f"{student} {direction} {s:g}", student, **more)
+                train(f"{student} {mode} {s:g}", student, **more, step=step, start_from=start)
 
 
 # ---------------------------------------------------------------- report
 
 
-def metric_rows(named, data):
-    """One row per trained network of `named`, {what: [run folder per seed]}: the task's metrics of each seed."""
-    of_task = METRICS.get(data.facts["name"], ("acc",))
-    names = [f"{split}_{name}" for split in data.splits if split != "train" for name in of_task]
-    rows = []
+def save_metrics(folder, named, data):
+    """glue.json and glue.md: the task's metrics of every network in `named`, {what: [run folder per seed]}, in the
+    table in percent, with Student's t intervals over seeds. Returns {what: {metric: [value per seed]}}."""
+    rows, lines = {}, []
     for what, folders in named.items():
-        lines = [runs.last_metrics(run) for run in folders]
-        rows.append(dict(network=what) | {name: [line[name] for line in lines] for name in names})
+        last, rows[what] = [runs.last_metrics(run) for run in folders], {}
+        for split in [split for split in data.splits if split != "train"]:
+            names = [f"{split}_{name}" for name in METRICS.get(data.facts["name"], ("acc",))]
+            rows[what] |= {name: [line[name] for line in last] for name in names}
+        intervals = [
+            dict(zip(("value", "low", "high"), claims.mean_interval(v), strict=True)) for v in rows[what].values()
+        ]
+        lines.append([what, *(claims.cell(interval, 100, 2) for interval in intervals)])
+    runs.write_json(
+        folder / "glue.json", dict(task=data.facts, rows=[dict(network=what, **rows[what]) for what in rows])
+    )
+    table = claims.markdown_table(["network", *rows["teacher"]], lines)
+    runs.write_text(folder / "glue.md", table)
+    print(table)
     return rows
-
-
-def metrics_markdown(rows):
-    """The rows of `metric_rows` as a Markdown table, in percent, with Student's t intervals over seeds."""
-    lines = []
-    for row in rows:
-        intervals = [claims.mean_interval(values) for name, values in row.items() if name != "network"]
-        cells = [claims.cell(dict(value=value, low=low, high=high), 100, 2) for value, low, high in intervals]
-        lines.append([row["network"], *cells])
-    return claims.markdown_table(rows[0], lines)
 
 
 def glue_claims(rows, data):
     """Claims in the task's own metric, where that is not accuracy; for the embedded task against the Bayes accuracy."""
-    found, by_name = [], {row["network"]: row for row in rows}
-    bayes = data.facts.get("bayes_accuracy")
+    found, bayes, metric = [], data.facts.get("bayes_accuracy"), METRICS.get(data.facts["name"], ("acc",))[-1]
     if bayes:
-        interval = claims.mean_interval([accuracy / bayes for accuracy in by_name["teacher"]["test_acc"]])
+        interval = claims.mean_interval(np.divide(rows["teacher"]["test_acc"], bayes))
         note = f"Bayes accuracy {100 * bayes:.2f}% on the test texts"
-        text = "the teacher reaches 90% of the Bayes accuracy"
-        found.append(claims.claim(text, "> 0.9", *interval, 0.9, note=note))
-    metric = METRICS.get(data.facts["name"], ("acc",))[-1]
-    for name in by_name:
+        found.append(claims.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", *interval, 0.9, note=note))
+    for name in rows:
         control = f"{name.removesuffix(' kd')} onehot"
-        if metric != "acc" and name.endswith(" kd") and control in by_name:
-            gain = np.subtract(by_name[name][f"test_{metric}"], by_name[control][f"test_{metric}"])
+        if metric != "acc" and name.endswith(" kd") and control in rows:
+            gain = np.subtract(rows[name][f"test_{metric}"], rows[control][f"test_{metric}"])
             text = f"{name}: KD has the higher {metric.upper()} on the dev set"
             found.append(claims.claim(text, "> 0", *claims.mean_interval(gain), 0, note="KD minus one-hot"))
     return found
@@ -786,16 +766,16 @@ def report(folder, student, named, args):
     points = analyze_deviation.points_from_runs(teachers, kd, onehot)
     section = "language" if student == args.student[0] else None  # one headline for a task
     analyze_deviation.report(points, folder, title, args.bootstrap, section, quiet=args.quiet, full=False)
-    directions = [mode for mode in args.mode if mode in SWITCHES]
-    if not directions:
+    each = {}  # {(direction, share of training before the switch): run folders}
+    for direction in [mode for mode in args.mode if mode in SWITCHES]:
+        before, after = SWITCHES[direction]
+        each |= {(direction, 0): named[f"{student} {after}"], (direction, 1): named[f"{student} {before}"]}
+        each |= {(direction, s): named[f"{student} {direction} {s:g}"] for s in args.switch_at}
+    if not each:
         return
-    trunks, folders = {}, {}
-    for k, seed in enumerate(args.seeds):
-        trunks[seed], folders[seed] = dict(onehot=onehot[k], kd=kd[k]), {}
-        for direction in directions:
-            before, after = SWITCHES[direction]
-            folders[seed] |= {(direction, 0): trunks[seed][after], (direction, 1): trunks[seed][before]}
-            folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
+    by_seed = list(enumerate(args.seeds))
+    trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in by_seed}
+    folders = {seed: {key: of_seeds[k] for key, of_seeds in each.items()} for k, seed in by_seed}
     given, folder = dict(zip(args.seeds, teachers, strict=True)), folder / "switch"
     folder.mkdir(exist_ok=True)
     rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap, args.quiet)
@@ -812,7 +792,7 @@ def report(folder, student, named, args):
 
 def parse(argv):
     parser = runs.Parser(__doc__)
-    open_share, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
+    inside, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
     add("--data-dir", default="data", help="where GLUE's folders (CoLA, …) lie, or glue/CoLA, …; else downloaded")
@@ -820,34 +800,29 @@ def parse(argv):
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
     add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most")
     add = parser.add_argument_group("networks and losses").add_argument
-    known = f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN (default: tiny)"
-    add("--teacher", default="tiny", help=known)
+    add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
     how = f"how students are trained, of {', '.join(MODES)} (default: all)"
     add("--mode", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=how)
-    shares = "shares of training before the switch"
-    add("--switch-at", type=open_share, nargs="+", default=[0.5], metavar="S", help=shares)
+    add("--switch-at", type=inside, nargs="+", default=[0.5], metavar="S", help="shares of training before the switch")
     add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
     add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    softens = "softens teacher and student in the distillation term"
-    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
+    temperature = number(float, 0, 1e6, open_low=True)
+    add("--temperature", type=temperature, default=2.0, help="softens teacher and student in the distillation term")
     add = parser.add_argument_group("training").add_argument
-    masked = "epochs of masked-language modelling before, from scratch alone"
-    add("--mlm-epochs", type=number(int, 0), default=8, help=masked)
+    add("--mlm-epochs", type=number(int, 0), default=8, help="masked-language modelling before, from scratch alone")
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
-    add("--lr", type=positive, help=peak)
-    warmup = "share of training with linear warm-up; then linear decay to 0"
-    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help=warmup)
+    rates = "0.064/hidden units, at most 1e-3, from scratch; else 2e-5"
+    add("--lr", type=positive, help=f"peak learning rate of AdamW (default: {rates})")
+    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share with a linear rise; then decay")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="all is trained once for each seed")
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    draws = "bootstrap draws behind each interval"
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help=draws)
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help="draws behind each interval")
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     common.add_device_flag(parser)
     common.add_process_flags(parser)
@@ -897,11 +872,7 @@ def main(argv=None):
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
             report(results / Path(student).name, student, named, args)
-    rows = metric_rows(named, data)
-    runs.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
-    runs.write_text(results / "glue.md", metrics_markdown(rows))
-    print(metrics_markdown(rows))
-    found = glue_claims(rows, data)
+    found = glue_claims(save_metrics(results, named, data), data)
     if found:
         claims.save_claims(results, found)
 
