@@ -112,9 +112,8 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     n = len(splits["train"].labels)
     if subset > n:
         raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
-    index = np.arange(n)
-    if subset:
-        index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset])
+    order = torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()
+    index = np.sort(order[: subset or n])
     splits["train"], test = splits["train"].take(index), splits["test"]
     if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
         needed = "train and test need two classes each, and 8 test texts at least"
@@ -297,7 +296,6 @@ def sentiment(n, part, data_seed):
     than guess.
     """
     rng = np.random.default_rng(common.stream_seed("sentiment", part, data_seed))
-    things, verbs = THINGS.split(), VERBS.split()
 
     def pick(words):
         return words[rng.integers(len(words))]
@@ -307,7 +305,7 @@ def sentiment(n, part, data_seed):
         intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
         adjectives = (GOOD if (sign > 0) != negated else BAD)[strength]
         score = sign * strength * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
-        words = ("the", pick(things), pick(verbs), "not" * negated, intensifier, pick(adjectives))
+        words = ("the", pick(THINGS.split()), pick(VERBS.split()), "not" * negated, intensifier, pick(adjectives))
         return " ".join(filter(None, words)), score
 
     texts, scores = [], []
@@ -382,10 +380,8 @@ def length_batches(lengths, batch, *key, pool=50):
 # layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them fast.
 SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium": (8, 512, 8), "base": (12, 768, 12)}
 VOCABULARY = 8000  # most tokens of a model from scratch
-MODEL_FIX = (
-    "give a hub id, or a folder with config.json, model.safetensors and the tokenizer's files (for RoBERTa vocab.json "
-    f"and merges.txt), or one of {', '.join(SIZES)}, LAYERSxHIDDEN"
-)
+TOKENIZERS = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+MODEL_FIX = f"give a folder (config.json, model.safetensors, {TOKENIZERS}), a hub id, or a size: tiny, …, LAYERSxHIDDEN"
 
 
 def size_of(name):
@@ -418,8 +414,8 @@ def prepare(name, data, args):
     scratch = size_of(name) is not None
     config, tokenizer = scratch_model(name, data, args) if scratch else saved_model(name, data, args)
     tokens = {}
-    for key, split in data.splits.items():
-        with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+    with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+        for key, split in data.splits.items():
             tokens[key] = encode(tokenizer, split.first, split.second, args.max_length, args.device)
     truncated = (tokens["train"].lengths >= args.max_length).double().mean().item()
     facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
@@ -459,8 +455,8 @@ def saved_model(name, data, args):
         # A number beyond the vocabulary would read past the embedding's end.
         within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
         if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
-            own = "put the model's own there (tokenizer.json, or vocab.txt, or vocab.json and merges.txt)"
-            raise InputError(f"the tokenizer in {name} is of another family than its model, or incomplete: {own}")
+            what = f"the tokenizer in {name} is of another family than its model, or incomplete"
+            raise InputError(f"{what}: put the model's own there ({TOKENIZERS})")
         classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
         if classifies and config.num_labels != data.classes:
             what = f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}"
@@ -490,16 +486,15 @@ def build_classifier(model, key, pretrained=None):
             with runs.reading(f"model {model.name}", "check its weights and its config.json"):
                 network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
             network = network.float()
-            # The head, and BERT's pooler, may be new.
-            encoder = [name for name in info["missing_keys"] if name.startswith(f"{network.base_model_prefix}.")]
-            lost = sorted(name for name in encoder if "pooler" not in name)
+            encoder = f"{network.base_model_prefix}."  # the head, and BERT's pooler, may be new
+            lost = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
             if lost:
                 what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
                 raise InputError(f"{what}: its config.json and its weights do not belong together")
     if pretrained:
         encoder = {name: weights for name, weights in pretrained.items() if name.startswith("roberta.")}
         network.load_state_dict(encoder, strict=False)
-    return network.train()
+    return network
 
 
 # ---------------------------------------------------------------- losses and training
@@ -619,8 +614,8 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
         return line
 
     weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
-    before, after = SWITCHES.get(mode, (mode, mode))
-    weights_at = switch_distill.switched_weights(weights[before], weights[after], step)
+    before, after = (weights[name] for name in SWITCHES.get(mode, (mode, mode)))
+    weights_at = switch_distill.switched_weights(before, after, step)
     facts = dict(model.facts, initial_sha256=engine.weights_hash(network.state_dict()), teacher_sha256=None)
     flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs, temperature=None)
     flags.ce_weight, flags.kd_weight = weights.get(mode, weights["kd"])
@@ -637,11 +632,9 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
 @torch.no_grad()
 def logits_of(network, tokens, batch=256):
     """float32 logits [N, classes] of all texts in their order, in eval mode and full precision."""
-    training = network.training
-    network.eval()
+    network.eval()  # `engine.train` begins every epoch in train mode
     order = tokens.lengths.argsort(stable=True)
     logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
-    network.train(training)
     return logits[order.argsort().to(logits.device)]
 
 
@@ -652,8 +645,6 @@ def save_logits(run, network, model, data):
     arrays = dict(train_labels=train.labels, train_clean_labels=clean, train_index=data.index)
     for key, split in data.splits.items():
         arrays |= {f"{key}_logits": logits_of(network, model.tokens[key]).cpu().numpy(), f"{key}_labels": split.labels}
-        if split.probability is not None:
-            arrays[f"{key}_probability"] = split.probability
     runs.write_npz(run / "logits.npz", arrays)
 
 
