@@ -18,7 +18,6 @@ import csv
 import hashlib
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -79,13 +78,14 @@ class Split:
     """
 
     first: list
-    second: list | None
     labels: np.ndarray
+    second: list | None = None
     probability: np.ndarray | None = None
 
     def take(self, index):
         first, second = (texts and [texts[k] for k in index] for texts in (self.first, self.second))
-        return Split(first, second, self.labels[index], None if self.probability is None else self.probability[index])
+        probability = None if self.probability is None else self.probability[index]
+        return Split(first, self.labels[index], second, probability)
 
     def sentences(self):
         return self.first + (self.second or [])
@@ -108,26 +108,23 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and
     nested draw; 0 for all. InputError for an unknown task, a torn or missing file, or too few texts.
     """
-    splits, classes = load_splits(name, Path(data_dir), data_seed)
+    splits, names = load_splits(name, Path(data_dir), data_seed)
     n = len(splits["train"].labels)
     if subset > n:
         raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
-    index = np.arange(n)
-    if subset:
-        index = np.sort(torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()[:subset])
-    splits["train"] = splits["train"].take(index)
-    if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(splits["test"].labels) < 8:
+    order = torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()
+    index = np.sort(order[: subset or n])
+    splits["train"], test = splits["train"].take(index), splits["test"]
+    if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
         needed = "train and test need two classes each, and 8 test texts at least"
         raise InputError(f"{name}: {needed}: give more data or a larger --subset")
     digest = hashlib.sha256(repr([(key, s.first, s.second, s.labels.tolist()) for key, s in splits.items()]).encode())
-    facts = dict(name=name, classes=len(classes), class_names=list(classes), subset=subset, label_noise=0.0)
-    facts |= dict(
-        data_seed=data_seed, sha256=digest.hexdigest(), **{f"n_{key}": len(splits[key].labels) for key in splits}
-    )
-    test = splits["test"]
+    facts = dict(name=name, classes=len(names), class_names=list(names), subset=subset, label_noise=0.0)
+    facts |= dict(data_seed=data_seed, sha256=digest.hexdigest())
+    facts |= {f"n_{key}": len(split.labels) for key, split in splits.items()}
     if test.probability is not None:
         facts["bayes_accuracy"] = float((test.probability.argmax(1) == test.labels).mean())
-    return Texts(splits, len(classes), index, facts)
+    return Texts(splits, len(names), index, facts)
 
 
 def load_splits(name, data_dir, data_seed):
@@ -137,26 +134,27 @@ def load_splits(name, data_dir, data_seed):
         return {part: sentiment(n, part, data_seed) for part, n in parts}, ("negative", "positive")
     if name in GLUE:
         return glue(name, data_dir), GLUE[name].classes
-    if name in HUB and not (data_dir / name).is_dir():
-        repository, classes = HUB[name]
-        instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
-        return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
-    if name in HUB or name.startswith("csv:"):
-        return csv_splits(Path(name[4:]) if name.startswith("csv:") else data_dir / name, data_seed)
-    raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
+    if name.startswith("csv:"):
+        return csv_splits(Path(name[4:]), data_seed)
+    if name not in HUB:
+        raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
+    if (data_dir / name).is_dir():
+        return csv_splits(data_dir / name, data_seed)
+    repository, classes = HUB[name]
+    instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
+    return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
 
 
 def glue(name, data_dir):
-    """The splits of a GLUE task, from its original folder in data_dir, else from the hub."""
-    task = GLUE[name]
-    files, parts = dict(train="train.tsv", test="dev.tsv"), dict(train="train", test="validation")
+    """The splits of a GLUE task, from its original folder in data_dir or data_dir/glue, else from the hub."""
+    task, parts = GLUE[name], dict(train="train", test="dev")
     if name == "mnli":
-        files |= dict(test="dev_matched.tsv", mismatched="dev_mismatched.tsv")
-        parts |= dict(test="validation_matched", mismatched="validation_mismatched")
-    folder = data_dir / task.folder
-    if folder.is_dir():
-        return {key: read_tsv(folder / file, name) for key, file in files.items()}
-    instead = f"{', '.join(files.values())} of GLUE into {folder}"
+        parts |= dict(test="dev_matched", mismatched="dev_mismatched")
+    for folder in (data_dir / task.folder, data_dir / "glue" / task.folder):
+        if folder.is_dir():
+            return {key: read_tsv(folder / f"{part}.tsv", name) for key, part in parts.items()}
+    instead = f"{', '.join(f'{part}.tsv' for part in parts.values())} of GLUE into {data_dir / task.folder}"
+    parts = {key: part.replace("dev", "validation") for key, part in parts.items()}
     return hub("nyu-mll/glue", name.replace("-", ""), task.hub_columns or task.columns, parts, instead)
 
 
@@ -168,8 +166,8 @@ def hub(repository, config, columns, parts, instead):
     with runs.reading(repository, f"put {instead}"):
         for key, part in parts.items():
             loaded = datasets.load_dataset(repository, config, split=part)
-            texts = [list(loaded[column]) for column in columns]
-            splits[key] = Split(texts[0], texts[1] if len(texts) > 1 else None, np.array(loaded["label"], np.int64))
+            first, *second = (list(loaded[column]) for column in columns)
+            splits[key] = Split(first, np.array(loaded["label"], np.int64), *second)
     return splits
 
 
@@ -178,8 +176,7 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    _, columns, label, classes, _ = GLUE[name]
-    fix = "put GLUE's original file there"
+    task, fix = GLUE[name], "put GLUE's original file there"
     with runs.reading(path, fix):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
@@ -187,45 +184,50 @@ def read_tsv(path, name):
     if name == "cola":  # has no header
         rows.insert(0, (0, ["source", "label", "star", "sentence"]))
     header = rows.pop(0)[1] if rows else []
-    missing = [column for column in (*columns, label) if column not in header]
+    missing = [column for column in (*task.columns, task.label) if column not in header]
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
-    columns, label, width = [header.index(column) for column in columns], header.index(label), len(header)
-    torn = {line for line, row in rows if len(row) != width or row[label] not in classes}
-    if torn and name != "qqp":
-        what = f"{path}, line {min(torn)}: the row has not {width} columns, or not the label {' or '.join(classes)}"
-        raise InputError(f"{what}: repair or remove that line")
-    if torn:
-        print(f"{path}: {len(torn)} torn rows skipped")
-    whole = [row for line, row in rows if line not in torn]
-    texts = [[row[column] for row in whole] for column in columns]
-    labels = np.array([classes.index(row[label]) for row in whole], np.int64)
-    return Split(texts[0], texts[1] if len(texts) > 1 else None, labels)
+    label, whole = header.index(task.label), []
+    for k, row in rows:
+        if len(row) == len(header) and row[label] in task.classes:
+            whole.append(row)
+        elif name != "qqp":
+            what = f"the row has not {len(header)} columns, or not the label {' or '.join(task.classes)}"
+            raise InputError(f"{path}, line {k}: {what}: repair or remove that line")
+    if len(whole) < len(rows):
+        print(f"{path}: {len(rows) - len(whole)} torn rows skipped")
+    first, *second = ([row[header.index(column)] for row in whole] for column in task.columns)
+    return Split(first, np.array([task.classes.index(row[label]) for row in whole], np.int64), *second)
 
 
 def csv_splits(path, data_seed):
     """(splits, class names) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth is the
     test split. Prints the classes."""
     if path.is_dir():
-        splits = {part: read_csv(path / f"{part}.csv") for part in ("train", "test")}
-        if (splits["train"].second is None) != (splits["test"].second is None):
+        train, test = (read_csv(path / f"{part}.csv") for part in ("train", "test"))
+        if (train.second is None) != (test.second is None):
             raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
         table = read_csv(path)
         order = torch.randperm(len(table.labels), generator=common.generator("split", data_seed)).numpy()
-        test, train = np.split(order, [len(order) // 5])
-        splits = dict(train=table.take(np.sort(train)), test=table.take(np.sort(test)))
-    names = class_names(path, splits["train"].labels)
-    unseen = {label for label in splits["test"].labels if class_of(label) not in names}
+        test, train = (table.take(np.sort(part)) for part in np.split(order, [len(order) // 5]))
+    names = {}  # {class: the shortest way in which it is written}
+    for label in sorted(set(train.labels), key=lambda label: (class_of(label), len(label), label)):
+        names.setdefault(class_of(label), label)
+    values = [value for is_word, value, _ in names if not is_word]
+    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
+        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
+        raise InputError(f"{what}: give classes, such as its values in a few bins")
+    unseen = [label for label in test.labels if class_of(label) not in names]
     if unseen:
         raise InputError(f"{path}: the label {min(unseen)!r} is in no training text: give some, or remove these texts")
-    numbers, counts = {key: k for k, key in enumerate(names)}, Counter()
-    for split in splits.values():
-        counts.update(class_of(label) for label in split.labels)
+    numbers = {key: k for k, key in enumerate(names)}
+    for split in (train, test):
         split.labels = np.array([numbers[class_of(label)] for label in split.labels], np.int64)
-    shown = [f"{name[:40]} ({counts[key]})" for key, name in names.items()][:20]
+    counts = np.bincount(np.concatenate([train.labels, test.labels]))
+    shown = [f"{name[:40]} ({count})" for name, count in zip(names.values(), counts, strict=True)][:20]
     print(f"{path}: {len(names)} classes; the first ones, with their numbers of texts: {', '.join(shown)}")
-    return splits, list(names.values())
+    return dict(train=train, test=test), list(names.values())
 
 
 def class_of(label):
@@ -235,56 +237,40 @@ def class_of(label):
     return 1, Decimal(0), label
 
 
-def class_names(path, labels):
-    """{class_of(label): the shortest way in which it is written}, sorted; InputError for a regression target."""
-    names = {}
-    for label in sorted(set(labels), key=lambda label: (len(label), label)):
-        names.setdefault(class_of(label), label)
-    values = [value for is_word, value, _ in names if not is_word]
-    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
-        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
-        raise InputError(f"{what}: give classes, such as its values in a few bins")
-    return dict(sorted(names.items()))
-
-
 def read_csv(path):
     """A CSV file with the columns text[,text2],label as a Split, whose labels are still words.
 
     InputError names the line in which a row begins that is torn, or that a stray quote joins with others.
     """
     rows, start = [], 1
-    with runs.reading(path, "save it as UTF-8 CSV with the columns text[,text2],label"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
-            try:
-                for row in reader:
-                    rows.append((start, row))
-                    start = reader.line_num + 1
-            except csv.Error as error:
-                fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
-                raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
+    fix = "save it as UTF-8 CSV with the columns text[,text2],label"
+    with runs.reading(path, fix), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
+        try:
+            for row in reader:
+                rows.append((start, row))
+                start = reader.line_num + 1
+        except csv.Error as error:
+            fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
+            raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
     header = rows.pop(0)[1] if rows else []
     if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
         needed = "it must name the columns text[,text2],label, with commas between, not tabs or semicolons"
         raise InputError(f"{path}, line 1 is {','.join(header)[:80]!r}: {needed}")
-    label = header.index("label")
-    known = {row[label] for _, row in rows if len(row) == len(header)}
+    width, label = len(header), header.index("label")
     rows = [(start, row) for start, row in rows if row]  # without blank lines
+    known = {row[label] for _, row in rows if len(row) == width}
     for start, row in rows:
-        if len(row) != len(header) or not row[label].strip():
-            what = f"the row has {len(row)} columns instead of {len(header)}, or no label"
+        if len(row) != width or not row[label].strip():
+            what = f"the row has {len(row)} columns instead of {width}, or no label"
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
-        if any(holds_a_row(cell, len(header), label, known) for cell in row):
+        # Two stray quotes join rows to a cell of several lines, of which one has all columns and a known label.
+        lines = "\n".join(cell for cell in row if len(cell.splitlines()) > 1).splitlines()
+        if any(len(cells) == width and cells[label] in known for cells in (line.split(",") for line in lines)):
             raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
     table = {name: [row[k] for _, row in rows] for k, name in enumerate(header)}
     labels = np.array([word.strip() for word in table["label"]], dtype=object)
-    return Split(table["text"], table.get("text2"), labels)
-
-
-def holds_a_row(cell, columns, label, known):
-    """Whether a cell of several lines has one with all columns and a known label: two stray quotes have joined rows."""
-    lines = [line.split(",") for line in cell.splitlines()]
-    return len(lines) > 1 and any(len(line) == columns and line[label] in known for line in lines)
+    return Split(table["text"], labels, table.get("text2"))
 
 
 # The embedded task. Strong words count 2, mild ones 1.
@@ -299,7 +285,6 @@ BAD = {
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
 VERBS = "is was seems feels looked remains"
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
-CERTAINTY = 2.0  # log-odds per point of sentiment
 
 
 def sentiment(n, part, data_seed):
@@ -311,7 +296,6 @@ def sentiment(n, part, data_seed):
     than guess.
     """
     rng = np.random.default_rng(common.stream_seed("sentiment", part, data_seed))
-    things, verbs = THINGS.split(), VERBS.split()
 
     def pick(words):
         return words[rng.integers(len(words))]
@@ -321,7 +305,7 @@ def sentiment(n, part, data_seed):
         intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
         adjectives = (GOOD if (sign > 0) != negated else BAD)[strength]
         score = sign * strength * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
-        words = ("the", pick(things), pick(verbs), "not" * negated, intensifier, pick(adjectives))
+        words = ("the", pick(THINGS.split()), pick(VERBS.split()), "not" * negated, intensifier, pick(adjectives))
         return " ".join(filter(None, words)), score
 
     texts, scores = [], []
@@ -336,13 +320,12 @@ def sentiment(n, part, data_seed):
             text, score = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}", score + 0.4 * less
         texts.append(f"{text} .")
         scores.append(score)
-    positive = 1 / (1 + np.exp(-CERTAINTY * np.array(scores)))
-    return Split(texts, None, (rng.random(n) < positive).astype(np.int64), np.stack([1 - positive, positive], axis=1))
+    positive = 1 / (1 + np.exp(-2 * np.array(scores)))
+    labels = (rng.random(n) < positive).astype(np.int64)
+    return Split(texts, labels, probability=np.stack([1 - positive, positive], axis=1))
 
 
 # ---------------------------------------------------------------- tokens and batches
-
-SPECIAL = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
 
 
 def byte_level_bpe(texts, vocab_size):
@@ -351,12 +334,12 @@ def byte_level_bpe(texts, vocab_size):
     from tokenizers.processors import RobertaProcessing
     from transformers import PreTrainedTokenizerFast
 
-    bpe, special = ByteLevelBPETokenizer(), list(SPECIAL.values())
-    bpe.train_from_iterator(texts, vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
-    end, start = (("</s>", bpe.token_to_id("</s>")), ("<s>", bpe.token_to_id("<s>")))
-    bpe._tokenizer.post_processor = RobertaProcessing(end, start)
-    inputs = dict(tokenizer_object=bpe._tokenizer, model_input_names=["input_ids", "attention_mask"])
-    return PreTrainedTokenizerFast(**inputs, **SPECIAL, cls_token="<s>", sep_token="</s>")
+    special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, 2, show_progress=False, special_tokens=list(special.values()))
+    bpe._tokenizer.post_processor = RobertaProcessing(*((word, bpe.token_to_id(word)) for word in ("</s>", "<s>")))
+    special |= dict(cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
 
 @dataclass
@@ -376,9 +359,8 @@ def encode(tokenizer, first, second, max_length, device):
     """Texts as `Tokens`, truncated to max_length (the longer of a pair first)."""
     tokenizer.padding_side = "right"
     options = dict(truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    inputs = tokenizer(first, *[second] if second else [], return_attention_mask=True, **options)
-    lengths = inputs["attention_mask"].sum(1)
-    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, lengths)
+    inputs = tokenizer(first, second, return_attention_mask=True, **options)
+    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, inputs["attention_mask"].sum(1))
 
 
 def length_batches(lengths, batch, *key, pool=50):
@@ -398,10 +380,8 @@ def length_batches(lengths, batch, *key, pool=50):
 # layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them fast.
 SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium": (8, 512, 8), "base": (12, 768, 12)}
 VOCABULARY = 8000  # most tokens of a model from scratch
-MODEL_FIX = (
-    "give a hub id, or a folder with config.json, model.safetensors and the tokenizer's files (for RoBERTa vocab.json "
-    f"and merges.txt), or one of {', '.join(SIZES)}, LAYERSxHIDDEN"
-)
+TOKENIZERS = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+MODEL_FIX = f"give a folder (config.json, model.safetensors, {TOKENIZERS}), a hub id, or a size: tiny, …, LAYERSxHIDDEN"
 
 
 def size_of(name):
@@ -434,8 +414,8 @@ def prepare(name, data, args):
     scratch = size_of(name) is not None
     config, tokenizer = scratch_model(name, data, args) if scratch else saved_model(name, data, args)
     tokens = {}
-    for key, split in data.splits.items():
-        with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+    with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+        for key, split in data.splits.items():
             tokens[key] = encode(tokenizer, split.first, split.second, args.max_length, args.device)
     truncated = (tokens["train"].lengths >= args.max_length).double().mean().item()
     facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
@@ -459,9 +439,7 @@ def scratch_model(name, data, args):
     shape |= dict(vocab_size=len(tokenizer), type_vocab_size=1, num_labels=data.classes)
     shape["max_position_embeddings"] = args.max_length + tokenizer.pad_token_id + 1
     # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-    shape["initializer_range"] = 0.02 * math.sqrt(768 / hidden)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return RobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id, **ends), tokenizer
+    return RobertaConfig(**shape, initializer_range=0.02 * math.sqrt(768 / hidden)), tokenizer
 
 
 def saved_model(name, data, args):
@@ -470,9 +448,15 @@ def saved_model(name, data, args):
 
     with runs.reading(f"model {name}", MODEL_FIX):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        if not fits(tokenizer, config, data.splits["train"].first[:200]):
-            own = "put the model's own there (tokenizer.json, or vocab.txt, or vocab.json and merges.txt)"
-            raise InputError(f"the tokenizer in {name} is of another family than its model, or incomplete: {own}")
+        texts = data.splits["train"].first[:200]
+        # Where files are missing, transformers makes up an empty tokenizer, to which every text is unknown.
+        unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
+        whole = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
+        # A number beyond the vocabulary would read past the embedding's end.
+        within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
+        if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
+            what = f"the tokenizer in {name} is of another family than its model, or incomplete"
+            raise InputError(f"{what}: put the model's own there ({TOKENIZERS})")
         classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
         if classifies and config.num_labels != data.classes:
             what = f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}"
@@ -484,16 +468,6 @@ def saved_model(name, data, args):
         if args.max_length > positions:
             raise InputError(f"--max-length {args.max_length} is too long for {name}: give at most {positions}")
         return config, tokenizer
-
-
-def fits(tokenizer, config, texts):
-    """Whether a tokenizer can be the one that the model was trained with."""
-    # Where files are missing, transformers makes up an empty one, to which every text is unknown.
-    unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
-    usable = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
-    # A number beyond the vocabulary would read past the embedding's end.
-    within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
-    return usable and within and config.pad_token_id in (None, tokenizer.pad_token_id)
 
 
 def build_classifier(model, key, pretrained=None):
@@ -512,16 +486,15 @@ def build_classifier(model, key, pretrained=None):
             with runs.reading(f"model {model.name}", "check its weights and its config.json"):
                 network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
             network = network.float()
-            # The head, and BERT's pooler, may be new.
-            encoder = [name for name in info["missing_keys"] if name.startswith(network.base_model_prefix + ".")]
-            lost = sorted(name for name in encoder if "pooler" not in name)
+            encoder = f"{network.base_model_prefix}."  # the head, and BERT's pooler, may be new
+            lost = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
             if lost:
                 what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
                 raise InputError(f"{what}: its config.json and its weights do not belong together")
     if pretrained:
         encoder = {name: weights for name, weights in pretrained.items() if name.startswith("roberta.")}
         network.load_state_dict(encoder, strict=False)
-    return network.train()
+    return network
 
 
 # ---------------------------------------------------------------- losses and training
@@ -533,18 +506,13 @@ def learning_rate(step, peak, warmup, total):
     return peak * min((step + 1) / (rise + 1), (total - step) / (total - rise))
 
 
-def run_flags(args, model, lr, epochs):
+def run_flags(args, model, lr, epochs, **more):
     """The flags that a run depends on, as `runs.start_run` compares them, and those that `engine.train` reads."""
     kept = {name: getattr(args, name) for name in ("batch_size", "warmup", "precision", "device", "overwrite", "quiet")}
-    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept)
+    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept, **more)
 
 
-def no_test(at_end):
-    """What `engine.train` is given where nothing is evaluated on the way: pretraining."""
-    return {}
-
-
-def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, weights_at=engine.one_hot, **more):
+def train_texts(run, network, tokens, flags, key, loss_of, weights_at, evaluate, **more):
     """Train `network` with AdamW on `tokens` in the run folder `run`; orders and dropout follow `key`.
 
     loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
@@ -558,6 +526,7 @@ def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, wei
     optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
     torch.manual_seed(common.stream_seed("dropout", *key))
     sums = torch.zeros(3, dtype=torch.float64, device=flags.device)
+    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
 
     def batches(epoch):
         return list(enumerate(length_batches(tokens.lengths, flags.batch_size, *key, epoch), epoch * per_epoch))
@@ -565,10 +534,8 @@ def train_texts(run, network, tokens, flags, key, loss_of, evaluate=no_test, wei
     def lr_at(step):
         return learning_rate(step, flags.lr, flags.warmup, total)
 
-    steps, amount = (per_epoch, total), ("tokens", int(tokens.lengths.sum()))
-    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
-    loop = (steps, batches, take_step, sums, lr_at, weights_at, evaluate)
-    engine.train(run, flags, network, optimizer, *loop, amount=amount, **more)
+    loop = ((per_epoch, total), batches, take_step, sums, lr_at, weights_at, evaluate)
+    engine.train(run, flags, network, optimizer, *loop, amount=("tokens", int(tokens.lengths.sum())), **more)
 
 
 def mask_tokens(ids, special, mask_id, vocabulary, *key):
@@ -599,14 +566,13 @@ def pretrain(run, model, args, seed, data):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", "mlm", seed))
         network = RobertaForMaskedLM(model.config).to(args.device)
-    special = torch.tensor(sorted(model.tokenizer.all_special_ids))
-    mask, vocabulary = model.tokenizer.mask_token_id, len(model.tokenizer)
+    special = torch.tensor(model.tokenizer.all_special_ids)
 
     def loss_of(batch, ce_weight, kd_weight):
         step, index = batch
         inputs = tokens.batch(index)
         ids = inputs["input_ids"].cpu()
-        corrupted, chosen = mask_tokens(ids, special, mask, vocabulary, seed, step)
+        corrupted, chosen = mask_tokens(ids, special, model.tokenizer.mask_token_id, len(model.tokenizer), seed, step)
         inputs["input_ids"], targets = corrupted.to(args.device), ids[chosen].to(args.device)
         with engine.autocast(args.device, args.precision):
             loss, hits = masked_loss(network.roberta, network.lm_head, inputs, chosen.to(args.device), targets)
@@ -615,7 +581,7 @@ def pretrain(run, model, args, seed, data):
     flags = run_flags(args, model, 2 * model.lr, args.mlm_epochs)
     with runs.locked(run):
         runs.start_run(run, flags, "mlm", seed, data, network, **model.facts)
-        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of)
+        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of, engine.one_hot, evaluate=lambda at_end: {})
     return network.state_dict()
 
 
@@ -647,30 +613,28 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
             line |= {f"{key}_{name}": value for name, value in found.items()}
         return line
 
-    facts = dict(initial_sha256=engine.weights_hash(network.state_dict()))
-    facts["teacher_sha256"] = None if teacher is None else hashlib.sha256(teacher.tobytes()).hexdigest()
     weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
-    before, after = SWITCHES.get(mode, (mode, mode))
-    weights_at = switch_distill.switched_weights(weights[before], weights[after], step)
+    before, after = (weights[name] for name in SWITCHES.get(mode, (mode, mode)))
+    weights_at = switch_distill.switched_weights(before, after, step)
+    facts = dict(model.facts, initial_sha256=engine.weights_hash(network.state_dict()), teacher_sha256=None)
+    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs, temperature=None)
+    flags.ce_weight, flags.kd_weight = weights.get(mode, weights["kd"])
+    if mode != "onehot":  # whose one run serves all teachers and temperatures
+        facts["teacher_sha256"], flags.temperature = hashlib.sha256(teacher.tobytes()).hexdigest(), args.temperature
     if mode in SWITCHES:
         facts["switch"] = dict(direction=mode, step=step)
-    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs)
-    flags.ce_weight, flags.kd_weight = weights["onehot" if teacher is None else "kd"]
-    flags.temperature = None if teacher is None else args.temperature  # one control serves all temperatures
     with runs.locked(run):
-        if runs.start_run(run, flags, role, seed, data, network, **model.facts, **facts):
-            train_texts(run, network, tokens, flags, (role, seed), loss_of, evaluate, weights_at, **more)
+        if runs.start_run(run, flags, role, seed, data, network, **facts):
+            train_texts(run, network, tokens, flags, (role, seed), loss_of, weights_at, evaluate, **more)
             save_logits(run, network, model, data)
 
 
 @torch.no_grad()
 def logits_of(network, tokens, batch=256):
     """float32 logits [N, classes] of all texts in their order, in eval mode and full precision."""
-    training = network.training
-    network.eval()
+    network.eval()  # `engine.train` begins every epoch in train mode
     order = tokens.lengths.argsort(stable=True)
     logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
-    network.train(training)
     return logits[order.argsort().to(logits.device)]
 
 
@@ -681,8 +645,6 @@ def save_logits(run, network, model, data):
     arrays = dict(train_labels=train.labels, train_clean_labels=clean, train_index=data.index)
     for key, split in data.splits.items():
         arrays |= {f"{key}_logits": logits_of(network, model.tokens[key]).cpu().numpy(), f"{key}_labels": split.labels}
-        if split.probability is not None:
-            arrays[f"{key}_probability"] = split.probability
     runs.write_npz(run / "logits.npz", arrays)
 
 
@@ -691,11 +653,11 @@ def scores(logits, labels):
     logits [N, C]."""
     from sklearn.metrics import f1_score, matthews_corrcoef
 
-    predicted, labels = logits.argmax(1).cpu().numpy(), np.asarray(labels)
-    average = "binary" if logits.shape[1] == 2 else "macro"
-    f1 = float(f1_score(labels, predicted, average=average, zero_division=0))
+    predicted = logits.argmax(1).cpu().numpy()
+    f1 = f1_score(labels, predicted, average="binary" if logits.shape[1] == 2 else "macro", zero_division=0)
     accuracy, mcc = float((predicted == labels).mean()), float(matthews_corrcoef(labels, predicted))
-    return dict(acc=accuracy, mcc=mcc, f1=f1, loss=F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item())
+    loss = F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item()
+    return dict(acc=accuracy, mcc=mcc, f1=float(f1), loss=loss)
 
 
 # ---------------------------------------------------------------- all networks of a seed
@@ -707,19 +669,16 @@ def run_folders(args, base, seed, models):
     def folder(*words):
         return Path("-".join([base, *words, f"s{seed}"]))
 
-    teacher = Path(args.teacher).name
     masked = [name for name, model in models.items() if model.scratch and args.mlm_epochs]
     folders = {f"{name} mlm": folder(Path(name).name, "mlm") for name in masked}
+    teacher, whats = Path(args.teacher).name, []
     folders["teacher"] = folder(teacher, "teacher")
+    for mode in args.mode:
+        whats += [f"{mode} {s:g}" for s in args.switch_at] if mode in SWITCHES else [mode]
     for student in args.student:
-        short = Path(student).name
-        for mode in args.mode:
-            if mode == "onehot":
-                folders[f"{student} onehot"] = folder(short, "onehot")
-            elif mode == "kd":
-                folders[f"{student} kd"] = folder(teacher, short, "kd")
-            else:
-                folders |= {f"{student} {mode} {s:g}": folder(teacher, short, f"{mode}-{s:g}") for s in args.switch_at}
+        for what in whats:
+            given = [] if what == "onehot" else [teacher]
+            folders[f"{student} {what}"] = folder(*given, Path(student).name, *what.split())
     return folders
 
 
@@ -733,63 +692,59 @@ def train_seed(args, seed, data, models, folders):
 
     train("teacher", args.teacher, "teacher")
     teacher = runs.read_npz(folders["teacher"] / "logits.npz", ("train_logits",))["train_logits"]
-    directions = [mode for mode in args.mode if mode in SWITCHES]
     for student in args.student:
         total = math.ceil(data.facts["n_train"] / args.batch_size) * (args.epochs or models[student].epochs)
         steps = {s: round(s * total) for s in args.switch_at}
-        kept = set(steps.values()) if directions else ()
-        if "onehot" in args.mode:
-            train(f"{student} onehot", student, snapshots=kept)
-        if "kd" in args.mode:
-            train(f"{student} kd", student, mode="kd", teacher=teacher, snapshots=kept)
-        for direction in directions:
-            trunk = folders.get(f"{student} {SWITCHES[direction][0]}")
+        kept = set(steps.values()) if set(SWITCHES) & set(args.mode) else ()
+        for mode in args.mode:  # the pure ones first
+            more = dict(mode=mode, teacher=None if mode == "onehot" else teacher)
+            if mode not in SWITCHES:
+                train(f"{student} {mode}", student, **more, snapshots=kept)
+                continue
+            trunk = folders.get(f"{student} {SWITCHES[mode][0]}")
             for s, step in steps.items():
                 # From the state that the unswitched run had at the switch: half the time, and on a CPU the same
                 # weights. Where that run is not among the modes, from the start.
                 start = trunk and switch_distill.latest_snapshot(trunk, step)
-                more = dict(mode=direction, teacher=teacher, step=step, start_from=start)
-                train(f"{student} {direction} {s:g}", student, **more)
+                train(f"{student} {mode} {s:g}", student, **more, step=step, start_from=start)
 
 
 # ---------------------------------------------------------------- report
 
 
-def metric_rows(named, data):
-    """One row per trained network of `named`, {what: [run folder per seed]}: the task's metrics of each seed."""
-    of_task = METRICS.get(data.facts["name"], ("acc",))
-    names = [f"{split}_{name}" for split in data.splits if split != "train" for name in of_task]
-    rows = []
+def save_metrics(folder, named, data):
+    """glue.json and glue.md: the task's metrics of every network in `named`, {what: [run folder per seed]}, in the
+    table in percent, with Student's t intervals over seeds. Returns {what: {metric: [value per seed]}}."""
+    rows, lines = {}, []
     for what, folders in named.items():
-        lines = [runs.last_metrics(run) for run in folders]
-        rows.append(dict(network=what) | {name: [line[name] for line in lines] for name in names})
+        last, rows[what] = [runs.last_metrics(run) for run in folders], {}
+        for split in [split for split in data.splits if split != "train"]:
+            names = [f"{split}_{name}" for name in METRICS.get(data.facts["name"], ("acc",))]
+            rows[what] |= {name: [line[name] for line in last] for name in names}
+        intervals = [
+            dict(zip(("value", "low", "high"), claims.mean_interval(v), strict=True)) for v in rows[what].values()
+        ]
+        lines.append([what, *(claims.cell(interval, 100, 2) for interval in intervals)])
+    runs.write_json(
+        folder / "glue.json", dict(task=data.facts, rows=[dict(network=what, **rows[what]) for what in rows])
+    )
+    table = claims.markdown_table(["network", *rows["teacher"]], lines)
+    runs.write_text(folder / "glue.md", table)
+    print(table)
     return rows
-
-
-def metrics_markdown(rows):
-    """The rows of `metric_rows` as a Markdown table, in percent, with Student's t intervals over seeds."""
-    lines = []
-    for row in rows:
-        intervals = [claims.mean_interval(values) for name, values in row.items() if name != "network"]
-        cells = [claims.cell(dict(value=value, low=low, high=high), 100, 2) for value, low, high in intervals]
-        lines.append([row["network"], *cells])
-    return claims.markdown_table(rows[0], lines)
 
 
 def glue_claims(rows, data):
     """Claims in the task's own metric, where that is not accuracy; for the embedded task against the Bayes accuracy."""
-    found, by_name = [], {row["network"]: row for row in rows}
-    bayes = data.facts.get("bayes_accuracy")
+    found, bayes, metric = [], data.facts.get("bayes_accuracy"), METRICS.get(data.facts["name"], ("acc",))[-1]
     if bayes:
-        interval = claims.mean_interval([accuracy / bayes for accuracy in by_name["teacher"]["test_acc"]])
+        interval = claims.mean_interval(np.divide(rows["teacher"]["test_acc"], bayes))
         note = f"Bayes accuracy {100 * bayes:.2f}% on the test texts"
-        text = "the teacher reaches 90% of the Bayes accuracy"
-        found.append(claims.claim(text, "> 0.9", *interval, 0.9, note=note))
-    metric = METRICS.get(data.facts["name"], ("acc",))[-1]
-    for name in by_name:
+        found.append(claims.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", *interval, 0.9, note=note))
+    for name in rows:
         control = f"{name.removesuffix(' kd')} onehot"
-        if metric != "acc" and name.endswith(" kd") and control in by_name:
-            gain = np.subtract(by_name[name][f"test_{metric}"], by_name[control][f"test_{metric}"])
+        if metric != "acc" and name.endswith(" kd") and control in rows:
+            gain = np.subtract(rows[name][f"test_{metric}"], rows[control][f"test_{metric}"])
             text = f"{name}: KD has the higher {metric.upper()} on the dev set"
             found.append(claims.claim(text, "> 0", *claims.mean_interval(gain), 0, note="KD minus one-hot"))
     return found
@@ -802,16 +757,16 @@ def report(folder, student, named, args):
     points = analyze_deviation.points_from_runs(teachers, kd, onehot)
     section = "language" if student == args.student[0] else None  # one headline for a task
     analyze_deviation.report(points, folder, title, args.bootstrap, section, quiet=args.quiet, full=False)
-    directions = [mode for mode in args.mode if mode in SWITCHES]
-    if not directions:
+    each = {}  # {(direction, share of training before the switch): run folders}
+    for direction in [mode for mode in args.mode if mode in SWITCHES]:
+        before, after = SWITCHES[direction]
+        each |= {(direction, 0): named[f"{student} {after}"], (direction, 1): named[f"{student} {before}"]}
+        each |= {(direction, s): named[f"{student} {direction} {s:g}"] for s in args.switch_at}
+    if not each:
         return
-    trunks, folders = {}, {}
-    for k, seed in enumerate(args.seeds):
-        trunks[seed], folders[seed] = dict(onehot=onehot[k], kd=kd[k]), {}
-        for direction in directions:
-            before, after = SWITCHES[direction]
-            folders[seed] |= {(direction, 0): trunks[seed][after], (direction, 1): trunks[seed][before]}
-            folders[seed] |= {(direction, s): named[f"{student} {direction} {s:g}"][k] for s in args.switch_at}
+    by_seed = list(enumerate(args.seeds))
+    trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in by_seed}
+    folders = {seed: {key: of_seeds[k] for key, of_seeds in each.items()} for k, seed in by_seed}
     given, folder = dict(zip(args.seeds, teachers, strict=True)), folder / "switch"
     folder.mkdir(exist_ok=True)
     rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap, args.quiet)
@@ -828,42 +783,37 @@ def report(folder, student, named, args):
 
 def parse(argv):
     parser = runs.Parser(__doc__)
-    open_share, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
+    inside, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
-    add("--data-dir", default="data", help="where GLUE's folders (CoLA, SST-2, …) lie; else they are downloaded")
+    add("--data-dir", default="data", help="where GLUE's folders (CoLA, …) lie, or glue/CoLA, …; else downloaded")
     add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
     add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most")
     add = parser.add_argument_group("networks and losses").add_argument
-    known = f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN (default: tiny)"
-    add("--teacher", default="tiny", help=known)
+    add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
     how = f"how students are trained, of {', '.join(MODES)} (default: all)"
     add("--mode", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=how)
-    shares = "shares of training before the switch"
-    add("--switch-at", type=open_share, nargs="+", default=[0.5], metavar="S", help=shares)
+    add("--switch-at", type=inside, nargs="+", default=[0.5], metavar="S", help="shares of training before the switch")
     add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
     add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    softens = "softens teacher and student in the distillation term"
-    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=2.0, help=softens)
+    temperature = number(float, 0, 1e6, open_low=True)
+    add("--temperature", type=temperature, default=2.0, help="softens teacher and student in the distillation term")
     add = parser.add_argument_group("training").add_argument
-    masked = "epochs of masked-language modelling before, from scratch alone"
-    add("--mlm-epochs", type=number(int, 0), default=8, help=masked)
+    add("--mlm-epochs", type=number(int, 0), default=8, help="masked-language modelling before, from scratch alone")
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    peak = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
-    add("--lr", type=positive, help=peak)
-    warmup = "share of training with linear warm-up; then linear decay to 0"
-    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help=warmup)
+    rates = "0.064/hidden units, at most 1e-3, from scratch; else 2e-5"
+    add("--lr", type=positive, help=f"peak learning rate of AdamW (default: {rates})")
+    add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share with a linear rise; then decay")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
     add = parser.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="all is trained once for each seed")
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    draws = "bootstrap draws behind each interval"
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help=draws)
+    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help="draws behind each interval")
     add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
     common.add_device_flag(parser)
     common.add_process_flags(parser)
@@ -913,11 +863,7 @@ def main(argv=None):
     if {"onehot", "kd"} <= set(args.mode):
         for student in args.student:
             report(results / Path(student).name, student, named, args)
-    rows = metric_rows(named, data)
-    runs.write_json(results / "glue.json", dict(task=data.facts, rows=rows))
-    runs.write_text(results / "glue.md", metrics_markdown(rows))
-    print(metrics_markdown(rows))
-    found = glue_claims(rows, data)
+    found = glue_claims(save_metrics(results, named, data), data)
     if found:
         claims.save_claims(results, found)
 
