@@ -13,7 +13,6 @@ nothing: it times a few steps of each network on random images. Its authors have
 """
 
 import argparse
-import functools
 import io
 import json
 import shlex
@@ -75,6 +74,7 @@ CPU = {"cifar100": 100, "cifar100-noisy": 100, "cifar10": 100, "tiny-imagenet": 
 
 def grid(args):
     """[Entry]: all of the above, in the paper's order."""
+    args.seeds = args.seeds or [0, 1, 2]
     found = [image(args, data, *pair) for data in IMAGES for pair in (IMAGENET if data == "imagenet" else PAIRS)]
     found += [language(args, task, *pair) for task in TASKS for pair in LANGUAGE_PAIRS]
     found += [switching(args, *setting) for setting in SWITCHING]
@@ -179,14 +179,15 @@ def three(args, data, teacher, student):
     one_hot = ["--kd-weight", "0", "--ce-weight", "1", *kept]
     distilled = ["--teacher", f"{of_teacher}-teacher-s{{seed}}", *(kept if teacher == student else [])]
     commands, found = [], []
-    for script, arch, more, above, prefix, what in (
-        ("train_teacher.py", teacher, [], None, of_teacher, "teacher"),
-        ("train_student.py", student, one_hot, None, base(args, data, student), "onehot"),
-        ("train_student.py", student, distilled, teacher, base(args, data, teacher, student), "kd"),
+    for what, prefix, arch, more in (
+        ("teacher", of_teacher, teacher, []),
+        ("onehot", base(args, data, student), student, one_hot),
+        ("kd", base(args, data, teacher, student), student, distilled),
     ):
+        script = "train_teacher.py" if what == "teacher" else "train_student.py"
         words = image_words(args, data, arch)
         commands.append([script, *words, *more, "--out", f"{prefix}-{what}-s{{seed}}"])
-        found += seeded(args, prefix, what, settings(words), above)
+        found += seeded(args, prefix, what, settings(words), teacher if what == "kd" else None)
     return commands, found
 
 
@@ -328,16 +329,10 @@ def in_words(seconds):
     return "not estimated" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-@functools.cache
-def checkpoint_bytes(arch, classes, side, width):
-    """Bytes of a checkpoint: float32 weights and momentum."""
-    return 8 * sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
-
-
 def dry_run(entries):
     """Print every run once, under the first entry that needs it, with its state and estimated time; then totals."""
     left, finished, units = {}, 0, Counter()  # seconds of each run folder, and of all that --shard keeps together
-    checkpoints, tables = 0, {}  # bytes; students of a teacher and seed share a table of its logits
+    tables = {}  # bytes of teacher logits, which the students of a teacher and seed share
     for entry in entries:
         print(entry.name)
         data = entry.name.split("/")[1]
@@ -349,12 +344,10 @@ def dry_run(entries):
             left[run.folder] = seconds
             finished += text == "finished"
             units[data, run.seed] += seconds or 0.0
-            if image_sizes(run):
-                flags, (images, _, side, classes) = run.flags, image_sizes(run)
-                checkpoints += checkpoint_bytes(flags.arch, classes, side, flags.width)
-                if run.teacher:
-                    table = flags.epochs * (flags.subset or images) * classes * (2 if flags.precision == "bf16" else 4)
-                    tables[data, run.teacher, run.seed] = table
+            if run.teacher and image_sizes(run):
+                images, _, _, classes = image_sizes(run)
+                rows = run.flags.epochs * (run.flags.subset or images)
+                tables[data, run.teacher, run.seed] = rows * classes * (2 if run.flags.precision == "bf16" else 4)
         for folder in entry.results:
             print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
     known, times = [seconds for seconds in left.values() if seconds is not None], list(units.values())
@@ -364,8 +357,7 @@ def dry_run(entries):
     for count in (1, 8, 64):
         longest = max(sum(times[i::count]) for i in range(count))
         print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
-    logits = sum(tables.values()) / 1e9
-    print(f"disk: {checkpoints / 1e9:.1f} GB of checkpoints, {logits:.1f} GB of tables of teacher logits")
+    print(f"disk: {sum(tables.values()) / 1e9:.1f} GB of tables of teacher logits, beside the run folders")
 
 
 # ---------------------------------------------------------------- running
@@ -407,27 +399,20 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print every run, its state and its estimated time here, and stop")
-    recipe = "recipe of the image runs, language has one of its own; cpu: the grid for two cores"
-    add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help=recipe)
-    seeds = "every entry is trained for each (default: 0 1 2; of the cpu recipe as its grid says)"
-    add("--seeds", type=runs.number(int, 0), nargs="+", default=[], help=seeds)
+    add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help="of images; cpu: for two cores")
+    add("--seeds", type=runs.number(int, 0), nargs="+", help="of every entry (default: 0 1 2; cpu: as its grid says)")
     add("--only", nargs="+", help="only entries whose names contain one of these, such as switching/ or /resnet56-")
     add("--shard", type=runs.shard, help="i/n: train the i-th (from 0) of n parts that share no run folder")
     add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
     add("--runs", default="runs", help="folder of the run folders")
     add("--results", help="folder for figures, tables and claims (default: results/<recipe>)")
     common.add_device_flag(parser)
-    extra = 'more flags for all image runs, of train_teacher.py: --extra="--epochs 1 --subset 200"'
-    add("--extra", type=more_flags, default=[], help=extra)
+    add("--extra", type=more_flags, default=[], help='flags of all image runs, as --extra="--epochs 1 --subset 200"')
     add("--glue-extra", type=more_flags, default=[], help="more flags for glue_distill.py, likewise")
     args = parser.parse_args(argv)
-    runs.check_seeds(args.seeds)
+    runs.check_seeds(args.seeds or [])
     args.results = args.results or f"results/{args.recipe}"
-    if args.recipe == "cpu":
-        entries = cpu_grid(args)
-    else:
-        args.seeds = args.seeds or [0, 1, 2]
-        entries = grid(args)
+    entries = cpu_grid(args) if args.recipe == "cpu" else grid(args)
     entries = [entry for entry in entries if not args.only or any(part in entry.name for part in args.only)]
     if not entries:
         raise runs.InputError(f"no entry's name contains {' or '.join(args.only)}: --dry-run prints them")
