@@ -160,16 +160,6 @@ def image_words(args, data, arch):
     return [*words, *args.extra, "--quiet", *shared_words(args)]
 
 
-def settings(words):
-    """The flags that train_teacher.py makes of `words`."""
-    parser = runs.Parser(None)
-    common.add_flags(parser)
-    flags = engine.resolve(parser.parse_args(words))
-    if flags.label_noise is None:
-        flags.label_noise = common.dataset_of(flags.data).label_noise
-    return flags
-
-
 def three(args, data, teacher, student):
     """The commands that train a teacher, the one-hot control and the student, and the run folders of each."""
     of_teacher = base(args, data, teacher)
@@ -178,6 +168,8 @@ def three(args, data, teacher, student):
     kept = ["--snapshot-at", *map(str, shares)] if shares and args.recipe != "cpu" else []
     one_hot = ["--kd-weight", "0", "--ce-weight", "1", *kept]
     distilled = ["--teacher", f"{of_teacher}-teacher-s{{seed}}", *(kept if teacher == student else [])]
+    parser = runs.Parser(None)
+    common.add_flags(parser)
     commands, found = [], []
     for what, prefix, arch, more in (
         ("teacher", of_teacher, teacher, []),
@@ -187,7 +179,10 @@ def three(args, data, teacher, student):
         script = "train_teacher.py" if what == "teacher" else "train_student.py"
         words = image_words(args, data, arch)
         commands.append([script, *words, *more, "--out", f"{prefix}-{what}-s{{seed}}"])
-        found += seeded(args, prefix, what, settings(words), teacher if what == "kd" else None)
+        flags = engine.resolve(parser.parse_args(words))
+        if flags.label_noise is None:
+            flags.label_noise = common.dataset_of(flags.data).label_noise
+        found += seeded(args, prefix, what, flags, teacher if what == "kd" else None)
     return commands, found
 
 
@@ -298,15 +293,10 @@ def is_done(entry):
     drawn = [folder / "claims.json" for folder in entry.results]
     if any(state(run)[0] != "finished" for run in entry.runs) or not all(file.exists() for file in drawn):
         return False
-    if not drawn:
-        return bool(entry.runs)  # a script without run folders decides itself
-    newest = max([(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs], default=0)
-    return min(file.stat().st_mtime_ns for file in drawn) >= newest
-
-
-def image_sizes(run):
-    """(training images, test images, side, classes) of a run's dataset; () where they are known only with the data."""
-    return common.dataset_of(run.flags.data).size if run.flags else ()
+    trained = [(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs]
+    if not drawn or not trained:
+        return bool(drawn or trained)  # a script with neither decides itself
+    return min(file.stat().st_mtime_ns for file in drawn) >= max(trained)
 
 
 def seconds_left(run):
@@ -314,9 +304,10 @@ def seconds_left(run):
     text, done = state(run)
     if text == "finished":
         return 0.0
-    if not image_sizes(run):
+    sizes = common.dataset_of(run.flags.data).size if run.flags else ()
+    if not sizes:  # known only with the data
         return None
-    flags, (images, test_images, side, classes) = run.flags, image_sizes(run)
+    flags, (images, test_images, side, classes) = run.flags, sizes
     images, planned = flags.subset or images, flags.stop_epoch or flags.epochs
     batch = min(flags.batch_size, images)
     network = (flags.arch, run.teacher, side, classes, batch, flags.precision, flags.device, flags.width)
@@ -332,32 +323,24 @@ def in_words(seconds):
 def dry_run(entries):
     """Print every run once, under the first entry that needs it, with its state and estimated time; then totals."""
     left, finished, units = {}, 0, Counter()  # seconds of each run folder, and of all that --shard keeps together
-    tables = {}  # bytes of teacher logits, which the students of a teacher and seed share
     for entry in entries:
         print(entry.name)
-        data = entry.name.split("/")[1]
         for run in entry.runs:
-            if run.folder in left:
-                continue
-            text, seconds = state(run)[0], seconds_left(run)
-            print(f"  {str(run.folder):72}  {text:18}  {in_words(seconds)}", flush=True)
-            left[run.folder] = seconds
-            finished += text == "finished"
-            units[data, run.seed] += seconds or 0.0
-            if run.teacher and image_sizes(run):
-                images, _, _, classes = image_sizes(run)
-                rows = run.flags.epochs * (run.flags.subset or images)
-                tables[data, run.teacher, run.seed] = rows * classes * (2 if run.flags.precision == "bf16" else 4)
+            if run.folder not in left:
+                text, seconds = state(run)[0], seconds_left(run)
+                print(f"  {str(run.folder):72}  {text:18}  {in_words(seconds)}", flush=True)
+                left[run.folder] = seconds
+                finished += text == "finished"
+                units[entry.name.split("/")[1], run.seed] += seconds or 0.0
         for folder in entry.results:
             print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
-    known, times = [seconds for seconds in left.values() if seconds is not None], list(units.values())
+    known = [seconds for seconds in left.values() if seconds is not None]
     print(f"{len(entries)} entries, {len(left)} runs, {finished} finished; {in_words(sum(known))} left")
-    unknown = f"{len(left) - len(known)} runs and all measuring not estimated"
-    print(f"Times: one run after the other on this device; {unknown}")
+    print("Times: one run after the other on this device;", end=" ")
+    print(f"{len(left) - len(known)} runs and all measuring not estimated")
     for count in (1, 8, 64):
-        longest = max(sum(times[i::count]) for i in range(count))
+        longest = max(sum(list(units.values())[i::count]) for i in range(count))
         print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
-    print(f"disk: {sum(tables.values()) / 1e9:.1f} GB of tables of teacher logits, beside the run folders")
 
 
 # ---------------------------------------------------------------- running
