@@ -4,15 +4,14 @@
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
     python benchmark.py --gpu-check                      # for an issue: one JSON with the CUDA tests' result too
 
-The peers' way is that of RepDistiller's training code: DataLoader with PIL transforms, fp32, batch 64, a teacher
-forward in every step of distillation, the loss read in every step. A speedup is over its best number of workers. Ours
-are timed in the real engine: "eager"; on CUDA "fast" (the step compiled, and one CUDA graph), as are those after it;
-for distillation "table" (teacher logits looked up instead of computed), as is that after it; "two processes" (two seeds
-side by side, each with half of the threads, at least one).
+The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
+of distillation, the loss read in every step; a speedup is over its best number of workers. Ours are timed in the real
+engine: "eager"; on CUDA "fast" (the step compiled, and one CUDA graph), as are those after it; for distillation "table"
+(of teacher logits), as is that after it; "two processes" (two seeds side by side, each with half of the threads).
 
 Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
-outside. The whole run has them inside, and compilation: so short a run, evaluated after every epoch, pays more for them
-than a real one. Writes benchmark.json and benchmark.md into --out.
+outside. The whole run has them inside, and compilation: so short a run pays more for them than a real one. Writes
+benchmark.json and benchmark.md into --out.
 """
 
 import argparse
@@ -75,8 +74,7 @@ def seconds_per_image(arch, teacher, side, classes, batch, precision, device, wi
     data = random_data(batch, device, side, classes, test_images=1)
     model = build(arch, data, "student", width)
     source = engine.TeacherLogits(build(teacher, data, "teacher").eval(), data, precision) if teacher else None
-    flags = argparse.Namespace(lr=0.01, momentum=0.9, weight_decay=5e-4, device=device)
-    optimizer = engine.sgd(model, flags, graphs=cuda)
+    optimizer = engine.sgd(model, argparse.Namespace(lr=0.01, momentum=0.9, weight_decay=5e-4, device=device), cuda)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight):
@@ -85,8 +83,9 @@ def seconds_per_image(arch, teacher, side, classes, batch, precision, device, wi
             return F.cross_entropy(logits, labels), logits
         return common.kd_loss(logits, teacher_logits, TEMPERATURE), logits
 
-    loss_of = engine.image_loss(model, data, loss_fn, source, precision)
-    take_step = engine.optimiser_step(model, optimizer, loss_of, sums)
+    take_step = engine.optimiser_step(
+        model, optimizer, engine.image_loss(model, data, loss_fn, source, precision), sums
+    )
     if cuda:
         take_step = engine.captured_step(take_step, model, optimizer, batch, sums)
     every = torch.arange(batch, device=device)
@@ -123,15 +122,14 @@ class PILImages(torch.utils.data.Dataset):
 
 def peers(data, arch, kd, workers, epochs):
     """Images per second of each epoch, after one of warm-up, as peer repositories train."""
-    model, teacher = (common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1))
-    model, teacher = model.to(data.device), teacher.to(data.device).eval()
-    pinned = data.device.type == "cuda"
-    options = dict(shuffle=True, num_workers=workers, drop_last=True, pin_memory=pinned)
+    networks = [common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1)]
+    model, teacher = networks[0].to(data.device), networks[1].to(data.device).eval()
+    options = dict(shuffle=True, num_workers=workers, drop_last=True, pin_memory=data.device.type == "cuda")
     loader = torch.utils.data.DataLoader(PILImages(data), PEERS_BATCH, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     rates = []
     for _ in range(epochs + 1):
-        started, hits, loss_sum = time.perf_counter(), 0, 0.0
+        started = time.perf_counter()
         for images, labels in loader:
             images, labels = images.to(data.device), labels.to(data.device)
             logits = model(images)
@@ -144,8 +142,7 @@ def peers(data, arch, kd, workers, epochs):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss_sum += loss.item()
-            hits += (logits.argmax(1) == labels).sum().item()
+            _ = loss.item(), (logits.argmax(1) == labels).sum().item()  # read in every step, each waits for the device
         rates.append(len(loader) * PEERS_BATCH / (time.perf_counter() - started))
     return rates[1:]
 
@@ -158,10 +155,9 @@ def student_flags(args, arch, kd, batch):
     parser = argparse.ArgumentParser()
     common.add_flags(parser)
     add_student_flags(parser)
-    flags = parser.parse_args(["--quiet", "--arch", arch, "--device", args.device, "--data", "npz:random"])
-    flags.epochs, flags.batch_size = args.epochs + 1, min(args.images, batch)
-    flags.ce_weight, flags.kd_weight = 1.0 - kd, float(kd)
-    return engine.resolve(flags)
+    words = f"--quiet --data npz:random --arch {arch} --device {args.device} --epochs {args.epochs + 1}".split()
+    words += f"--batch-size {min(args.images, batch)} --ce-weight {1 - kd} --kd-weight {int(kd)}".split()
+    return engine.resolve(parser.parse_args(words))
 
 
 def train_one(folder, images, flags, table, threads, seed):
@@ -212,12 +208,11 @@ def measure(args, arch, kd):
     for batch in args.batch_size:
         flags = student_flags(args, arch, kd, batch)
         eager = argparse.Namespace(**vars(flags) | dict(fast=False))
-        add_row("eager", flags.batch_size, ours(args.images, eager))
-        if flags.fast:  # on CUDA
-            add_row("fast", flags.batch_size, ours(args.images, flags))
-        if kd:
-            add_row("table", flags.batch_size, ours(args.images, flags, table=True))
-        add_row("two processes", flags.batch_size, ours(args.images, flags, table=kd, processes=2))
+        ways = [("eager", eager, {})]
+        ways += [("fast", flags, {})] if flags.fast else []  # on CUDA
+        ways += [("table", flags, dict(table=True))] if kd else []
+        for way, chosen, more in [*ways, ("two processes", flags, dict(table=kd, processes=2))]:
+            add_row(way, flags.batch_size, ours(args.images, chosen, **more))
     return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
 
 
@@ -240,38 +235,35 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--arch", choices=common.ARCHS, nargs="+", help="networks (default: resnet20)")
-    images = "random training images (default: 50000 on CUDA, 5000 on a CPU)"
-    add("--images", type=number(int, 128, 10_000_000), help=images)
+    add("--images", type=number(int, 128, 10_000_000), help="random images (default: 50000 on CUDA, 5000 on a CPU)")
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
     common.add_device_flag(parser)
-    check = "for an issue: the CUDA tests, and ResNet-56 at batch 512 and 1024, as gpu-check.json"
-    add("--gpu-check", action="store_true", help=check)
-    add("--out", default="results/benchmark", help="folder for table and JSON")
+    add("--gpu-check", action="store_true", help="for an issue: CUDA tests, and ResNet-56 at batch 512 and 1024")
+    add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
-    if args.gpu_check and args.device != "cuda":
+    cuda = args.device == "cuda"
+    if args.gpu_check and not cuda:
         raise runs.InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
-    args.images = args.images or (50_000 if args.device == "cuda" else 5_000)
+    args.images = args.images or (50_000 if cuda else 5_000)
     args.arch = args.arch or ["resnet56" if args.gpu_check else "resnet20"]
-    args.batch_size = args.batch_size or ([512, 1024] if args.gpu_check else [512 if args.device == "cuda" else 128])
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    args.batch_size = args.batch_size or ([512, 1024] if args.gpu_check else [512 if cuda else 128])
+    args.out.mkdir(parents=True, exist_ok=True)
 
     versions = runs.versions() | (cuda_facts() if args.gpu_check else {})
     rows = [row for arch in args.arch for kd in (False, True) for row in measure(args, arch, kd)]
     lines = []
     for row in rows:
-        whole = row["whole_run_images_per_s"]
-        words = [row[key] for key in ("arch", "loss", "way", "batch")]
+        words, whole = [row[key] for key in ("arch", "loss", "way", "batch")], row["whole_run_images_per_s"]
         lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}", f"{whole:.0f}" if whole else "–"])
     heads = ["model", "loss", "way", "batch", "images/s", "× best peers", "whole run images/s"]
     text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
     text += claims.markdown_table(heads, lines)
     print(text)
     name = "gpu-check" if args.gpu_check else "benchmark"
-    runs.write_json(out / f"{name}.json", dict(versions=versions, rows=rows))
-    runs.write_text(out / f"{name}.md", text)
+    runs.write_json(args.out / f"{name}.json", dict(versions=versions, rows=rows))
+    runs.write_text(args.out / f"{name}.md", text)
 
 
 if __name__ == "__main__":

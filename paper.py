@@ -5,21 +5,20 @@
     python paper.py --shard 0/4                             # a quarter of the training, without figures
     python paper.py --recipe cpu                            # a grid of its own, for two cores
 
-The grid stands below, to be edited there. A run folder is trained once: entries share teachers, controls and students.
-Interrupted, the same command goes on; an entry that fails is named at the end (exit code 1). A figure is drawn again
-when one of its runs is newer. Shards need only the same flags and one --runs folder: all runs of a dataset (or task)
-and a seed belong to one of them. Let one shard fetch the data first; when all are done, the command without --shard
-draws. --dry-run needs no data and writes nothing: it times a few steps of each network on random images.
-The paper's whole grid has not been run by its authors.
+The grid stands below, to be edited there. A run folder is trained once, for all entries. Interrupted, the same command
+goes on; an entry that fails is named at the end (exit code 1). A figure is drawn again when one of its runs is newer.
+Shards need the same flags and one --runs folder: all runs of a dataset (or task) and a seed belong to one of them. Let
+one fetch the data first; when all are done, the command without --shard draws. --dry-run needs no data and writes
+nothing: it times a few steps of each network on random images. Its authors have not run the paper's whole grid.
 """
 
 import argparse
-import functools
 import io
 import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +74,7 @@ CPU = {"cifar100": 100, "cifar100-noisy": 100, "cifar10": 100, "tiny-imagenet": 
 
 def grid(args):
     """[Entry]: all of the above, in the paper's order."""
+    args.seeds = args.seeds or [0, 1, 2]
     found = [image(args, data, *pair) for data in IMAGES for pair in (IMAGENET if data == "imagenet" else PAIRS)]
     found += [language(args, task, *pair) for task in TASKS for pair in LANGUAGE_PAIRS]
     found += [switching(args, *setting) for setting in SWITCHING]
@@ -140,29 +140,24 @@ def seeded(args, prefix, what, *more):
     return [Run(Path(f"{prefix}-{what}-s{seed}"), what, seed, *more) for seed in args.seeds]
 
 
+def make_entry(args, name, commands, found, *figures):
+    """The Entry with the claims of `figures`, folders below that of its results."""
+    return Entry(name, args.seeds, commands, found, [Path(args.results, name, figure) for figure in figures])
+
+
 def shared_words(args):
     return ["--data-dir", args.data_dir, "--device", args.device, "--seeds", *map(str, args.seeds)]
 
 
 def image_words(args, data, arch):
     """The flags that all commands of a dataset and network share."""
-    words = [word.format(data_dir=args.data_dir) for word in IMAGES[data].split()]
-    words += ["--arch", arch, "--recipe", "quick" if args.recipe == "cpu" else args.recipe]
+    words = [word.format(data_dir=args.data_dir) for word in IMAGES[data].split()] + ["--arch", arch, "--recipe"]
     if args.recipe == "cpu":
-        words += ["--epochs", str(CPU[data]), "--batch-size", "128"]
+        words += ["quick", "--epochs", str(CPU[data]), "--batch-size", "128"]
         words += [] if data == "tiny-imagenet" else ["--subset", "10000"]
+    else:
+        words += [args.recipe]
     return [*words, *args.extra, "--quiet", *shared_words(args)]
-
-
-@functools.cache
-def settings(words):
-    """The flags that train_teacher.py makes of `words`."""
-    parser = runs.Parser(None)
-    common.add_flags(parser)
-    flags = engine.resolve(parser.parse_args(words))
-    if flags.label_noise is None:
-        flags.label_noise = common.dataset_of(flags.data).label_noise
-    return flags
 
 
 def three(args, data, teacher, student):
@@ -173,83 +168,86 @@ def three(args, data, teacher, student):
     kept = ["--snapshot-at", *map(str, shares)] if shares and args.recipe != "cpu" else []
     one_hot = ["--kd-weight", "0", "--ce-weight", "1", *kept]
     distilled = ["--teacher", f"{of_teacher}-teacher-s{{seed}}", *(kept if teacher == student else [])]
+    parser = runs.Parser(None)
+    common.add_flags(parser)
     commands, found = [], []
-    for script, arch, more, above, prefix, what in (
-        ("train_teacher.py", teacher, [], None, of_teacher, "teacher"),
-        ("train_student.py", student, one_hot, None, base(args, data, student), "onehot"),
-        ("train_student.py", student, distilled, teacher, base(args, data, teacher, student), "kd"),
+    for what, prefix, arch, more in (
+        ("teacher", of_teacher, teacher, []),
+        ("onehot", base(args, data, student), student, one_hot),
+        ("kd", base(args, data, teacher, student), student, distilled),
     ):
+        script = "train_teacher.py" if what == "teacher" else "train_student.py"
         words = image_words(args, data, arch)
         commands.append([script, *words, *more, "--out", f"{prefix}-{what}-s{{seed}}"])
-        found += seeded(args, prefix, what, settings(tuple(words)), above)
+        flags = engine.resolve(parser.parse_args(words))
+        if flags.label_noise is None:
+            flags.label_noise = common.dataset_of(flags.data).label_noise
+        found += seeded(args, prefix, what, flags, teacher if what == "kd" else None)
     return commands, found
 
 
-def deviation(args, data, pair, found, results):
+def deviation(args, name, pair, found):
     """The command that draws Figure 1a of the run folders `found`."""
-    title = f"{data}, {' → '.join(pair)}, {args.recipe} recipe, {len(args.seeds)} seed(s)"
-    words = ["analyze_deviation.py", "--title", title, "--out", str(results)]
+    title = f"{name.split('/')[1]}, {' → '.join(pair)}, {args.recipe} recipe, {len(args.seeds)} seed(s)"
+    words = ["analyze_deviation.py", "--title", title, "--out", f"{args.results}/{name}/fig1a"]
     for flag, what in (("--teacher", "teacher"), ("--control", "onehot"), ("--student", "kd")):
         words += [flag, *(str(run.folder) for run in found if run.what == what)]
     return words
 
 
 def image(args, data, teacher, student):
-    entry = f"image/{data}/{short(teacher)}-{short(student)}"
+    name = f"image/{data}/{short(teacher)}-{short(student)}"
     commands, found = three(args, data, teacher, student)
-    results = Path(args.results, entry, "fig1a")
-    drawing = deviation(args, data, (teacher, student), found, results)
-    return Entry(entry, args.seeds, [*commands, drawing], found, [results])
+    return make_entry(args, name, [*commands, deviation(args, name, (teacher, student), found)], found, "fig1a")
 
 
 def switching(args, data, arch):
     """Figure 1b of self-distillation; of the cpu recipe with Figure 1a, and one switch at half time."""
     cpu, prefix, (_, found) = args.recipe == "cpu", base(args, data, arch), three(args, data, arch, arch)
+    name = f"{'image' if cpu else 'switching'}/{data}/{short(arch)}"
     directions, shares = (["onehot2kd"], [0.5]) if cpu else (["onehot2kd", "kd2onehot"], SWITCH_AT)
+    words = ["switch_distill.py", *image_words(args, data, arch), "--direction", *directions, "--switch-at", "0"]
+    words += [*map(str, shares), "1", "--out", prefix, "--results", f"{args.results}/{name}/fig1b"]
+    branches = []
     for direction in directions:
-        above = arch if direction == "onehot2kd" else None  # of the branch
+        teacher = arch if direction == "onehot2kd" else None  # of the branch
         for share in shares:
-            found += seeded(args, prefix, f"{direction}-{share:g}", found[0].flags, above, 1 - share)
-    entry = f"{'image' if cpu else 'switching'}/{data}/{short(arch)}"
-    fig1a, fig1b = (Path(args.results, entry, figure) for figure in ("fig1a", "fig1b"))
-    words = ["switch_distill.py", *image_words(args, data, arch), "--direction", *directions]
-    words += ["--switch-at", "0", *map(str, shares), "1", "--out", prefix, "--results", str(fig1b)]
+            branches += seeded(args, prefix, f"{direction}-{share:g}", found[0].flags, teacher, 1 - share)
     if not cpu:
-        return Entry(entry, args.seeds, [words], found, [fig1b])
-    drawing = deviation(args, data, (arch, arch), found, fig1a)
-    return Entry(entry, args.seeds, [[*words, "--jobs", "2"], drawing], found, [fig1a, fig1b])
+        return make_entry(args, name, [words], found + branches, "fig1b")
+    drawing = deviation(args, name, (arch, arch), found)
+    return make_entry(args, name, [[*words, "--jobs", "2"], drawing], found + branches, "fig1a", "fig1b")
 
 
 def language(args, task, teacher, student):
     one, two, cpu = short(teacher), short(student), args.recipe == "cpu"
-    entry, prefix = f"language/{task}/{one}-{two}", f"{args.runs}/{'cpu-' if cpu else ''}{task}"
-    results = Path(args.results, entry)
+    name, prefix = f"language/{task}/{one}-{two}", f"{args.runs}/{'cpu-' if cpu else ''}{task}"
     words = ["glue_distill.py", "--task", task, "--teacher", teacher, "--student", student, "--mode", "onehot", "kd"]
     words += ["onehot2kd", "--jobs", "2"] if cpu else []
-    words += [*args.glue_extra, "--quiet", *shared_words(args), "--out", prefix, "--results", str(results)]
+    words += [*args.glue_extra, "--quiet", *shared_words(args), "--out", prefix, "--results", f"{args.results}/{name}"]
     found = seeded(args, f"{prefix}-{one}", "teacher") + seeded(args, f"{prefix}-{two}", "onehot")
     found += seeded(args, f"{prefix}-{one}-{two}", "kd")
-    found += seeded(args, f"{prefix}-{one}-{two}", "onehot2kd-0.5", None, None, 0.5) if cpu else []
-    return Entry(entry, args.seeds, [words], found, [results / two, *([results / two / "switch"] if cpu else [])])
+    if not cpu:
+        return make_entry(args, name, [words], found, two)
+    found += seeded(args, f"{prefix}-{one}-{two}", "onehot2kd-0.5")
+    return make_entry(args, name, [words], found, two, f"{two}/switch")
 
 
-def eigenspace(args, name):
-    entry = f"eigenspace/{name}"
-    results = Path(args.results, entry)
-    words = ["eigenspace.py", *EIGENSPACE[name].split(), *shared_words(args), "--out", str(results)]
-    return Entry(entry, args.seeds, [words], [], [results])
+def eigenspace(args, data):
+    name = f"eigenspace/{data}"
+    words = [*EIGENSPACE[data].split(), *shared_words(args), "--out", f"{args.results}/{name}"]
+    return make_entry(args, name, [["eigenspace.py", *words]], [], "")
 
 
 def denoising(args, data, arch):
-    entry, prefix = f"denoising/{data}/{short(arch)}", base(args, data, arch)
+    name, prefix = f"denoising/{data}/{short(arch)}", base(args, data, arch)
     commands, found = three(args, data, arch, arch)
     found += seeded(args, prefix, "smooth", found[0].flags)
-    results = Path(args.results, entry)
-    words = ["denoise_gradients.py", *image_words(args, data, arch), "--points", str(DENOISE_POINTS)]
-    words += ["--percents", *(f"{100 * share:g}" for share in DENOISE_AT), "--out", str(results)]
+    words = ["denoise_gradients.py", *image_words(args, data, arch), "--points", str(DENOISE_POINTS), "--percents"]
+    words += [*(f"{100 * share:g}" for share in DENOISE_AT), "--out", f"{args.results}/{name}"]
     for what in ("teacher", "onehot", "kd", "smooth"):
         words += [f"--{what}", f"{prefix}-{what}-s{{seed}}"]
-    return Entry(entry, args.seeds, [*commands, words], found, [results])
+    return make_entry(args, name, [*commands, words], found, "")
 
 
 def part_of(shard, entries):
@@ -295,10 +293,10 @@ def is_done(entry):
     drawn = [folder / "claims.json" for folder in entry.results]
     if any(state(run)[0] != "finished" for run in entry.runs) or not all(file.exists() for file in drawn):
         return False
-    if not drawn:
-        return bool(entry.runs)  # a script without run folders decides itself
-    newest = max([(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs], default=0)
-    return min(file.stat().st_mtime_ns for file in drawn) >= newest
+    trained = [(run.folder / "logits.npz").stat().st_mtime_ns for run in entry.runs]
+    if not drawn or not trained:
+        return bool(drawn or trained)  # a script with neither decides itself
+    return min(file.stat().st_mtime_ns for file in drawn) >= max(trained)
 
 
 def seconds_left(run):
@@ -306,10 +304,10 @@ def seconds_left(run):
     text, done = state(run)
     if text == "finished":
         return 0.0
-    flags, size = run.flags, common.dataset_of(run.flags.data).size if run.flags else ()
-    if not size:
+    sizes = common.dataset_of(run.flags.data).size if run.flags else ()
+    if not sizes:  # known only with the data
         return None
-    images, test_images, side, classes = size
+    flags, (images, test_images, side, classes) = run.flags, sizes
     images, planned = flags.subset or images, flags.stop_epoch or flags.epochs
     batch = min(flags.batch_size, images)
     network = (flags.arch, run.teacher, side, classes, batch, flags.precision, flags.device, flags.width)
@@ -324,50 +322,25 @@ def in_words(seconds):
 
 def dry_run(entries):
     """Print every run once, under the first entry that needs it, with its state and estimated time; then totals."""
-    states, left = {}, {}
+    left, finished, units = {}, 0, Counter()  # seconds of each run folder, and of all that --shard keeps together
     for entry in entries:
         print(entry.name)
         for run in entry.runs:
-            if run.folder not in states:
-                states[run.folder], left[run.folder] = state(run)[0], seconds_left(run)
-                print(f"  {str(run.folder):72}  {states[run.folder]:18}  {in_words(left[run.folder])}", flush=True)
+            if run.folder not in left:
+                text, seconds = state(run)[0], seconds_left(run)
+                print(f"  {str(run.folder):72}  {text:18}  {in_words(seconds)}", flush=True)
+                left[run.folder] = seconds
+                finished += text == "finished"
+                units[entry.name.split("/")[1], run.seed] += seconds or 0.0
         for folder in entry.results:
             print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
     known = [seconds for seconds in left.values() if seconds is not None]
-    finished = sum(text == "finished" for text in states.values())
-    print(f"{len(entries)} entries, {len(states)} runs, {finished} finished; {in_words(sum(known))} left")
-    unknown = f"{len(left) - len(known)} runs and all measuring not estimated"
-    print(f"Times: one run after the other on this device; {unknown}")
-    for line in scale(entries, left):
-        print(line)
-
-
-@functools.cache
-def checkpoint_bytes(arch, classes, side, width):
-    """Bytes of a checkpoint: float32 weights and momentum."""
-    return 8 * sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
-
-
-def scale(entries, left):
-    """Lines that say how devices share the times `left` {run folder: seconds}, and what all runs take of the disk."""
-    units, sizes, tables = {}, {}, {}  # of --shard; of checkpoints; of teacher logits, which students of a seed share
-    for entry in entries:
-        data = entry.name.split("/")[1]
-        for run in entry.runs:
-            units.setdefault((data, run.seed), {})[run.folder] = left[run.folder] or 0.0
-            if run.flags and common.dataset_of(run.flags.data).size:
-                images, _, side, classes = common.dataset_of(run.flags.data).size
-                sizes[run.folder] = checkpoint_bytes(run.flags.arch, classes, side, run.flags.width)
-                if run.teacher:
-                    number = 2 if run.flags.precision == "bf16" else 4
-                    table = run.flags.epochs * (run.flags.subset or images) * classes * number
-                    tables[data, run.teacher, run.seed] = table
-    times = [sum(unit.values()) for unit in units.values()]
+    print(f"{len(entries)} entries, {len(left)} runs, {finished} finished; {in_words(sum(known))} left")
+    print("Times: one run after the other on this device;", end=" ")
+    print(f"{len(left) - len(known)} runs and all measuring not estimated")
     for count in (1, 8, 64):
-        longest = max(sum(times[i::count]) for i in range(count))
-        yield f"{count} device(s), --shard i/{count}: {in_words(longest)}"
-    checkpoints, logits = sum(sizes.values()) / 1e9, sum(tables.values()) / 1e9
-    yield f"disk: {checkpoints:.1f} GB of checkpoints, {logits:.1f} GB of tables of teacher logits"
+        longest = max(sum(list(units.values())[i::count]) for i in range(count))
+        print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
 
 
 # ---------------------------------------------------------------- running
@@ -409,28 +382,20 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print every run, its state and its estimated time here, and stop")
-    recipe = "recipe of the image runs, language has one of its own; cpu: the grid for two cores"
-    add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help=recipe)
-    seeds = "every entry is trained for each (default: 0 1 2; of the cpu recipe as its grid says)"
-    add("--seeds", type=runs.number(int, 0), nargs="+", default=[], help=seeds)
-    only = "only entries whose names contain one of these, such as switching/ or /cifar100/resnet56-"
-    add("--only", nargs="+", default=[], help=only)
+    add("--recipe", choices=("paper", "short", "quick", "cpu"), default="paper", help="of images; cpu: for two cores")
+    add("--seeds", type=runs.number(int, 0), nargs="+", help="of every entry (default: 0 1 2; cpu: as its grid says)")
+    add("--only", nargs="+", help="only entries whose names contain one of these, such as switching/ or /resnet56-")
     add("--shard", type=runs.shard, help="i/n: train the i-th (from 0) of n parts that share no run folder")
     add("--data-dir", default="data", help="where prepared or original datasets lie, and downloads go")
     add("--runs", default="runs", help="folder of the run folders")
     add("--results", help="folder for figures, tables and claims (default: results/<recipe>)")
     common.add_device_flag(parser)
-    extra = 'more flags for all image runs, of train_teacher.py: --extra="--epochs 1 --subset 200"'
-    add("--extra", type=more_flags, default=[], help=extra)
+    add("--extra", type=more_flags, default=[], help='flags of all image runs, as --extra="--epochs 1 --subset 200"')
     add("--glue-extra", type=more_flags, default=[], help="more flags for glue_distill.py, likewise")
     args = parser.parse_args(argv)
-    runs.check_seeds(args.seeds)
+    runs.check_seeds(args.seeds or [])
     args.results = args.results or f"results/{args.recipe}"
-    if args.recipe == "cpu":
-        entries = cpu_grid(args)
-    else:
-        args.seeds = args.seeds or [0, 1, 2]
-        entries = grid(args)
+    entries = cpu_grid(args) if args.recipe == "cpu" else grid(args)
     entries = [entry for entry in entries if not args.only or any(part in entry.name for part in args.only)]
     if not entries:
         raise runs.InputError(f"no entry's name contains {' or '.join(args.only)}: --dry-run prints them")

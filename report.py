@@ -37,9 +37,12 @@ FIGURES = {
     "linear": "§4, least squares: progress along eigendirections, bias and variance, and where bias helps or hurts.",
     "denoise": "§5: noise scale, alignment and decrease of the held-out loss of one-hot, KD and smoothed labels.",
 }
-# (data, network, whether labels are noisy): the paper's test accuracy in percent, trained on labels and distilled from
-# a network of the same kind. The network and share behind the noisy numbers are not known here.
-PAPER = {("cifar100", "resnet56", False): ("72.52", "74.55"), ("cifar100", "resnet56", True): ("69.8", "72.7")}
+# (data, its subset, network, whether labels are noisy): the paper's test accuracy in percent; KD is from a network of
+# the same kind. The network and share behind the noisy numbers are not known here.
+PAPER = {
+    ("cifar100", 0, "resnet56", False): {"teacher": "72.52", "one-hot": "72.52", "KD": "74.55"},
+    ("cifar100", 0, "resnet56", True): {"teacher": "69.8", "one-hot": "69.8", "KD": "72.7"},
+}
 KINDS = ("teacher", "one-hot", "KD", "KD and one-hot", "switched", "other")
 
 # ---------------------------------------------------------------- reading
@@ -63,31 +66,33 @@ def files_below(roots, pattern):
 
 
 def read_run(folder):
-    """A finished run: all that the page shows of it but its teacher, for which see `find_teachers`."""
+    """A finished run: all that is shown of it but its teacher, for which see `find_teachers`."""
     config = runs.read_config(folder)
-    flags, facts, data = config["flags"], config["facts"], config["data"]
-    hits = None  # pretraining leaves no logits
-    if config["role"] != "mlm":
+    flags, facts, data, versions = config["flags"], config["facts"], config["data"], config["versions"]
+    hits = None
+    if config["role"] != "mlm":  # pretraining leaves no logits
         runs.finished_config(folder)
         arrays = runs.read_npz(folder / "logits.npz", ("test_logits", "test_labels"))
         hits = arrays["test_logits"].argmax(1) == arrays["test_labels"]
     lines = runs.read_metrics(folder)
-    run = SimpleNamespace(path=folder, facts=facts, hits=hits, lines=lines)
-    run.hardware = f"{config['versions']['hardware']}, torch {config['versions']['torch']}"
+    run = SimpleNamespace(path=folder, facts=facts, hits=hits, lines=lines, stopped=bool(flags.get("stop_epoch")))
+    run.hardware = f"{versions['hardware']}, torch {versions['torch']}"
     run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
     run.kind, run.text = kind_of(config, lines[-1]["step"])
     width = flags.get("width", 1)
     run.network = Path(config["arch"]).name + (f" ×{width:g}" if width != 1 else "")
-    run.stopped = bool(flags.get("stop_epoch"))
     run.plan = f"{flags['epochs']} epochs, batch {flags['batch_size']}, lr {flags['lr']:g}, {flags['precision']}"
     run.plan += f", stopped after {flags['stop_epoch']}" if run.stopped else ""
     run.data = f"{data['name']}, {data['n_train']:,} training {'images' if 'image' in data else 'texts'}, "
     run.data += f"{100 * data['label_noise']:g}% label noise"
-    run.paper = None if data["subset"] else PAPER.get((data["name"], run.network, data["label_noise"] > 0))
+    setting = (data["name"], data["subset"], run.network, data["label_noise"] > 0)
+    run.paper = PAPER.get(setting, {}).get(run.kind, "–")
     compared = {name: value for name, value in flags.items() if name not in runs.NOT_COMPARED and value is not None}
-    run.setting = json.dumps([compared, config["role"], data, run.text], sort_keys=True)
     seed = re.escape(str(config["seed"]))
     run.name = re.sub(rf"^(.*)(?<![\d.]){seed}(?![\w.])", r"\1*", folder.as_posix())  # the last place that names it
+    # Flags do not say everything (pretraining, for example), so runs of other names are never pooled.
+    alike = json.dumps([compared, config["role"], data, run.text], sort_keys=True)
+    run.pooled = run.data, KINDS.index(run.kind), run.name, alike
     return run
 
 
@@ -121,25 +126,26 @@ def find_teachers(trained, skipped):
     for run in sorted(trained, key=lambda run: KINDS.index(run.kind)):  # likely ones first, until all are found
         if wanted <= known.keys():
             break
-        files = run.path.glob("logits.npz" if "tokens_sha256" in run.facts else "*.pt")
-        for file in sorted(files):  # the checkpoint, then snapshots on the way
+        # The checkpoint, then snapshots on the way.
+        for file in sorted(run.path.glob("logits.npz" if "tokens_sha256" in run.facts else "*.pt")):
             stopped = run.stopped or file.stem.startswith("snapshot")
-            network = f"{run.network} stopped on the way" if stopped else run.network
             for found in read_all(teacher_hash, [file], skipped):
-                known.setdefault(found, network)
+                known.setdefault(found, f"{run.network} stopped on the way" if stopped else run.network)
     for run in trained:
         run.teacher = known.get(run.teacher_sha256, "teacher not among these runs")
 
 
 def page_order(file):
     """Sort key of files in results: folders of one setting together, each where FIGURES has its first figure."""
-
-    def place(stem):
-        return list(FIGURES).index(stem) if stem in FIGURES else len(FIGURES)
-
-    stems = [figure.stem for figure in file.parent.glob("*.png")]
-    first = min(map(place, stems), default=len(FIGURES))
-    return file.parent.parent, first, file.parent, place(file.stem), file
+    places = {stem: place for place, stem in enumerate(FIGURES)}
+    of_folder = [places.get(figure.stem, len(places)) for figure in file.parent.glob("*.png")]
+    return (
+        file.parent.parent,
+        min(of_folder, default=len(places)),
+        file.parent,
+        places.get(file.stem, len(places)),
+        file,
+    )
 
 
 def read_claims(file):
@@ -149,7 +155,8 @@ def read_claims(file):
     over = ends.pop() if len(ends) == 1 else ""
     for row in rows:
         row["note"] = row["note"].removesuffix(over).removesuffix("; ")
-        row["ours"] = in_words(row["measured"], row["low"], row["high"])
+        # A single seed has no interval.
+        row["ours"] = claims.cell(dict(row, value=row["measured"])).replace(" [?, ?]", ", no interval")
         if row["low"] == row["measured"] == row["high"]:  # counted or proved, not measured
             row["ours"] = claims.decimal(row["measured"]).rstrip("0").rstrip(".")
     return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=claims.verdicts_in_words(rows))
@@ -167,54 +174,40 @@ def read_figure(file):
     """A figure: caption, picture, thumbnail, and the command that made it (empty when not recorded)."""
     image = Image.open(file)
     picture = image.convert("RGBA")
-    figure = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
-    figure.command = str(image.info.get("Command", ""))
-    figure.source, figure.thumbnail = webp(picture, 1600), webp(picture, 200)
-    return figure
+    found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
+    found.command, found.source, found.thumbnail = (
+        image.info.get("Command", ""),
+        webp(picture, 1600),
+        webp(picture, 200),
+    )
+    return found
 
 
 # ---------------------------------------------------------------- tables
 
 
-def in_words(value, low, high, scale=1.0, digits=3):
-    """A number with its interval as text; that of a single seed has none."""
-    return claims.cell(dict(value=value, low=low, high=high), scale, digits).replace(" [?, ?]", ", no interval")
-
-
 def parts_of(figures, tables):
     """A part of the page for each folder of results: its figures, numbered over the page, and claims table or None."""
-    parts = []
+    folders = dict.fromkeys(found.folder for found in (*figures, *tables))
+    parts = {folder: SimpleNamespace(folder=folder, figures=[], table=None) for folder in folders}
     for number, figure in enumerate(figures, 1):
         figure.number = number
-    for folder in dict.fromkeys(found.folder for found in (*figures, *tables)):
-        of_folder = [figure for figure in figures if figure.folder == folder]
-        table = next((table for table in tables if table.folder == folder), None)
-        parts.append(SimpleNamespace(folder=folder, figures=of_folder, table=table))
-    return parts
-
-
-def headlines(parts):
-    """The headline rows of all `parts` in the paper's order, each with its folder and the `figure` that shows it."""
-    rows = []
-    for part in parts:
-        for row in part.table.rows if part.table else ():
-            rows.append(dict(row, folder=part.folder, figure=part.figures[0] if part.figures else None))
-    return claims.headlines(rows)
+        parts[figure.folder].figures.append(figure)
+    for table in tables:
+        parts[table.folder].table = table
+    return list(parts.values())
 
 
 def run_tables(trained):
-    """{data in words: a row for each setting}: runs named alike but for the seed, of the same flags, data and teacher.
-
-    Flags do not say everything (pretraining, for example), so runs of other names are never pooled.
-    """
+    """{data in words: a row for each setting}: runs of one name but for the seed, of one setting and one teacher."""
     groups, tables = {}, {}
     for run in trained:
         if run.hits is not None:
-            key = (run.data, KINDS.index(run.kind), run.name, run.setting, run.teacher)
-            groups.setdefault(key, []).append(run)
+            groups.setdefault((*run.pooled, run.teacher), []).append(run)
     for (data, *_), group in sorted(groups.items()):
         run = group[0]
-        row = dict(plan=run.plan, seeds=len(group), paper=papers_accuracy(run))
+        paper = run.paper if run.teacher in ("", run.network) else "–"
+        row = dict(plan=run.plan, seeds=len(group), paper=paper)
         row["name"] = run.name if len(group) > 1 else run.path.as_posix()
         row["what"] = f"{run.text}, {run.teacher and run.teacher + ' → '}{run.network}"
         row["ours"] = claims.cell(claims.accuracy([run.hits for run in group]), 100, 2)
@@ -222,23 +215,10 @@ def run_tables(trained):
     return tables
 
 
-def papers_accuracy(run):
-    """The paper's accuracy in percent for what a run trained, as text."""
-    if run.paper and run.kind in ("teacher", "one-hot"):
-        return run.paper[0]
-    if run.paper and run.kind == "KD" and run.teacher == run.network:
-        return run.paper[1]
-    return "–"
-
-
 # ---------------------------------------------------------------- results to publish
 
 OVERVIEW = ("fig1a", "classifiers", "fig1b", "pays")
 MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
-
-
-def read_picture(file):
-    return Image.open(file).convert("RGB")
 
 
 def keep(file, title, trained, tables, pictures, skipped):
@@ -254,45 +234,45 @@ def keep(file, title, trained, tables, pictures, skipped):
                 kept["tables"][f"{name}/{text.stem}"] = text.read_text(encoding="utf-8")
     runs.write_json(file, kept)
     files = {picture.stem: picture for picture in reversed(pictures)}
-    shown = read_all(read_picture, [files[stem] for stem in OVERVIEW if stem in files], skipped)
+    overview = [files[stem] for stem in OVERVIEW if stem in files]
+    shown = read_all(lambda picture: Image.open(picture).convert("RGB"), overview, skipped)
     if shown:
-        width, content = 1000, io.BytesIO()
-        fitted = [ImageOps.contain(picture, (width, width)) for picture in shown]
-        rows = [fitted[k : k + 2] for k in range(0, len(fitted), 2)]
-        heights = [max(picture.height for picture in row) for row in rows]
-        sheet = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
-        for r, row in enumerate(rows):
-            for c, picture in enumerate(row):
-                left, top = (width - picture.width) // 2, (heights[r] - picture.height) // 2
-                sheet.paste(picture, (c * width + left, sum(heights[:r]) + top))
-        sheet.save(content, "WEBP", quality=80, method=6)
-        runs.write_atomic(file.with_suffix(".webp"), lambda out: out.write(content.getvalue()))
-    print(f"kept: {file}")
+        runs.write_atomic(file.with_suffix(".webp"), lambda out: sheet(shown).save(out, "WEBP", quality=80, method=6))
+    print("\n".join([*(f"left out: {line}" for line in skipped), f"kept: {file}"]))
+
+
+def sheet(pictures, width=1000):
+    """One picture of `pictures`, two in a row."""
+    fitted = [ImageOps.contain(picture, (width, width)) for picture in pictures]
+    rows = [fitted[k : k + 2] for k in range(0, len(fitted), 2)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    whole, top = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white"), 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            whole.paste(ImageOps.pad(picture, (width, height), color="white"), (column * width, top))
+        top += height
+    return whole
 
 
 def side_by_side(kept):
     """The headlines of all `kept` settings in one Markdown table, a column for each setting."""
-    cells, rows = {}, []
+    rows, cells = {}, {}
     for k, setting in enumerate(kept):
-        for row in (row for table in setting["claims"].values() for row in table):
-            if "section" in row:
-                key = (row["section"], row["claim"])
-                if key not in cells:
-                    rows.append(row)
+        for table in setting["claims"].values():
+            for row in claims.headlines(table):
                 control = f" (control {row['control']})" if row["control"] else ""
-                cells.setdefault(key, {})[k] = f"{row['shown']}{control}, **{row['verdict']}**"
-    lines = []
-    for row in claims.headlines(rows):
-        found = [cells[row["section"], row["claim"]].get(k, "–") for k in range(len(kept))]
-        lines.append([row["section"], row["claim"], *found])
+                key = row["section"], row["claim"]
+                rows.setdefault(key, row)
+                cells[key, k] = f"{row['shown']}{control}, **{row['verdict']}**"
+    keys = [(row["section"], row["claim"]) for row in claims.headlines(rows.values())]
+    lines = [[*key, *(cells.get((key, k), "–") for k in range(len(kept)))] for key in keys]
     return claims.markdown_table(["", "claim", *(setting["title"] for setting in kept)], lines)
 
 
 def write_docs(folder):
     """Write results.md into `folder`, and the table of headlines into the README above, from folder/results/*.json."""
-    files = sorted(
-        (folder / "results").glob("*.json"), key=lambda file: (file.stem == "earlier", file.stem != "digits", file)
-    )
+    files = (folder / "results").glob("*.json")
+    files = sorted(files, key=lambda file: (file.stem == "earlier", file.stem != "digits", file))
     kept = {file: runs.read_json(file) for file in files}
     text = "# Results\n\nWritten by `make docs` from the JSON files in `docs/results/`. Brackets are 95% intervals.\n"
     for file, setting in kept.items():
@@ -322,8 +302,7 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", type=Path, default=[Path("runs")], help="where run folders lie")
-    where = "where figures and claims lie"
-    add("--results", nargs="+", type=Path, default=[Path("results")], help=where)
+    add("--results", nargs="+", type=Path, default=[Path("results")], help="where figures and claims lie")
     add("--out", type=Path, default=Path("results"), help="folder for index.html")
     add("--keep", type=Path, metavar="FILE", help="write a small JSON and a picture instead, to be published")
     add("--title", help="what the kept results are of (default: the name of FILE)")
@@ -341,9 +320,7 @@ def main(argv=None):
     tables = read_all(read_claims, sorted(files_below(args.results, "claims.json"), key=page_order), skipped)
     pictures = sorted(files_below(args.results, "*.png"), key=page_order)
     if not (trained or tables or pictures or skipped):
-        nothing = "nothing to report: no run below --runs, no figure or claim below --results"
-        raise runs.InputError(f"{nothing}; run make reproduce first, or give --runs and --results")
-
+        raise runs.InputError("nothing to report: run make reproduce first, or give --runs and --results")
     if args.keep:
         args.keep.parent.mkdir(parents=True, exist_ok=True)
         return keep(args.keep, args.title or args.keep.stem, trained, tables, pictures, skipped)
@@ -351,13 +328,10 @@ def main(argv=None):
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
     layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     parts = parts_of(figures, tables)
-    page = layout.get_template("report.html.jinja").render(
-        headlines=headlines(parts),
-        parts=parts,
-        tables=run_tables(trained),
-        hardware=sorted({run.hardware for run in trained}),
-        skipped=skipped,
-    )
+    rows = [dict(row, part=part) for part in parts if part.table for row in part.table.rows]
+    found = dict(headlines=claims.headlines(rows), parts=parts, tables=run_tables(trained), skipped=skipped)
+    found["hardware"] = sorted({run.hardware for run in trained})
+    page = layout.get_template("report.html.jinja").render(found)
     args.out.mkdir(parents=True, exist_ok=True)
     runs.write_text(args.out / "index.html", page)
     left_out = f"; {len(skipped)} damaged or unfinished left out" if skipped else ""
