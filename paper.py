@@ -13,6 +13,7 @@ nothing: it times a few steps of each network on random images. Its authors have
 """
 
 import argparse
+import functools
 import io
 import json
 import shlex
@@ -202,7 +203,7 @@ def image(args, data, teacher, student):
 
 
 def switching(args, data, arch):
-    """Figure 1b of self-distillation; of the cpu recipe with Figure 1a, and one switch at half time."""
+    """Figure 1b of self-distillation; of the cpu recipe one switch, with Figure 1a and the lead over the teacher."""
     cpu, prefix, (_, found) = args.recipe == "cpu", base(args, data, arch), three(args, data, arch, arch)
     name = f"{'image' if cpu else 'switching'}/{data}/{short(arch)}"
     directions, shares = (["onehot2kd"], [0.5]) if cpu else (["onehot2kd", "kd2onehot"], SWITCH_AT)
@@ -216,7 +217,9 @@ def switching(args, data, arch):
     if not cpu:
         return make_entry(args, name, [words], found + branches, "fig1b")
     drawing = deviation(args, name, (arch, arch), found)
-    return make_entry(args, name, [[*words, "--jobs", "2"], drawing], found + branches, "fig1a", "fig1b")
+    pays = ["when_it_pays.py", *image_words(args, data, arch), "--stop-at", "1", "--out", prefix]
+    pays += ["--results", f"{args.results}/{name}/pays"]
+    return make_entry(args, name, [[*words, "--jobs", "2"], drawing, pays], found + branches, "fig1a", "fig1b", "pays")
 
 
 def language(args, task, teacher, student):
@@ -316,6 +319,24 @@ def seconds_left(run):
     return benchmark.seconds_per_image(*network) * (trained + evaluated / 3)
 
 
+@functools.cache
+def checkpoint_bytes(arch, classes, side, width):
+    """Of float32 weights and momentum."""
+    return 8 * sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
+
+
+def disk_space(found):
+    """(bytes of checkpoints, of tables of teacher logits) of the image runs among `found`."""
+    checkpoints, tables = 0, {}  # the students of a teacher and seed share a table
+    for run in [run for run in found if run.flags and common.dataset_of(run.flags.data).size]:
+        flags, (images, _, side, classes) = run.flags, common.dataset_of(run.flags.data).size
+        checkpoints += checkpoint_bytes(flags.arch, classes, side, flags.width)
+        if run.teacher:
+            table = flags.epochs * (flags.subset or images) * classes * (2 if flags.precision == "bf16" else 4)
+            tables[flags.data, flags.label_noise, run.teacher, run.seed] = table
+    return checkpoints, sum(tables.values())
+
+
 def in_words(seconds):
     return "not estimated" if seconds is None else str(timedelta(seconds=round(seconds)))
 
@@ -341,6 +362,8 @@ def dry_run(entries):
     for count in (1, 8, 64):
         longest = max(sum(list(units.values())[i::count]) for i in range(count))
         print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
+    checkpoints, tables = disk_space({run.folder: run for entry in entries for run in entry.runs}.values())
+    print(f"disk: {checkpoints / 1e9:.1f} GB of checkpoints, {tables / 1e9:.1f} GB of tables of teacher logits")
 
 
 # ---------------------------------------------------------------- running

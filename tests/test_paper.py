@@ -164,7 +164,7 @@ def test_the_cpu_recipe_lists_its_entries_in_order(capsys):
     commands = {name: [" ".join(words) for words in entry.commands] for name, entry in by_name.items()}
 
     for name in ("cifar100", "cifar100-noisy", "cifar10", "tiny-imagenet"):
-        train, draw = commands[f"{name}/resnet20"]
+        train, draw, _ = commands[f"{name}/resnet20"]
         assert train.startswith(f"switch_distill.py --data {name.removesuffix('-noisy')} ")
         assert "--direction onehot2kd --switch-at 0 0.5 1 " in train and train.endswith(" --jobs 2")
         assert f"--out runs/cpu-{name}-resnet20 --results results/cpu/image/{name}/resnet20/fig1b " in train
