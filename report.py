@@ -137,15 +137,9 @@ def find_teachers(trained, skipped):
 
 def page_order(file):
     """Sort key of files in results: folders of one setting together, each where FIGURES has its first figure."""
-    places = {stem: place for place, stem in enumerate(FIGURES)}
-    of_folder = [places.get(figure.stem, len(places)) for figure in file.parent.glob("*.png")]
-    return (
-        file.parent.parent,
-        min(of_folder, default=len(places)),
-        file.parent,
-        places.get(file.stem, len(places)),
-        file,
-    )
+    places, last = {stem: place for place, stem in enumerate(FIGURES)}, len(FIGURES)
+    first = min([places.get(figure.stem, last) for figure in file.parent.glob("*.png")], default=last)
+    return file.parent.parent, first, file.parent, places.get(file.stem, last), file
 
 
 def read_claims(file):
@@ -175,11 +169,8 @@ def read_figure(file):
     image = Image.open(file)
     picture = image.convert("RGBA")
     found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
-    found.command, found.source, found.thumbnail = (
-        image.info.get("Command", ""),
-        webp(picture, 1600),
-        webp(picture, 200),
-    )
+    found.command = image.info.get("Command", "")
+    found.source, found.thumbnail = webp(picture, 1600), webp(picture, 200)
     return found
 
 

@@ -340,7 +340,9 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
     write_run(tmp_path / "runs" / "t")
     lines = [dict(epoch=k, step=k, test_acc=0.7, seconds=1800.0) for k in (1, 2)]
     runs.write_metrics(tmp_path / "runs" / "t", lines)
-    finished(report, "--keep", "docs/results/digits.json", "--title", "noisy digits")
+    (tmp_path / "results" / "digits" / "fig1b.png").write_bytes(b"torn")
+    printed = finished(report, "--keep", "docs/results/digits.json", "--title", "noisy digits")
+    assert "left out: results/digits/fig1b.png cannot be read" in printed
     assert Image.open("docs/results/digits.webp").width == 1000
     runs.write_json("docs/results/other.json", dict(runs.read_json("docs/results/digits.json"), title="other"))
     Path("README.md").write_text(f"before\n{report.MARKS[0]}\nold table\n{report.MARKS[1]}\nafter\n")
