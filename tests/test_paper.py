@@ -138,7 +138,7 @@ def test_scripts_take_the_commands_of_the_grid(monkeypatch):
     entries += entries_of("--recipe", "cpu") + entries_of("--recipe", "cpu", "--shard", "0/2")
     monkeypatch.setattr(runs.Parser, "parse_args", parse)
     commands = {tuple(words) for entry in entries for words in entry.commands}
-    assert len({words[0] for words in commands}) == 7
+    assert len({words[0] for words in commands}) == 8
     for words in commands:
         with pytest.raises(Parsed):
             importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
