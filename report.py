@@ -212,17 +212,15 @@ OVERVIEW = ("fig1a", "classifiers", "fig1b", "pays")
 MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
 
 
-def keep(file, title, trained, tables, pictures, skipped):
-    """Write claims, tables and runs as the JSON `file`, and OVERVIEW of the PNG files `pictures` as one beside it."""
+def keep(file, title, trained, tables, texts, pictures, skipped):
+    """Write claims, runs and the Markdown files `texts` as the JSON `file`; beside it OVERVIEW of `pictures` as one."""
     lines = {json.dumps(line): line["seconds"] for run in trained for line in run.lines}
     kept = dict(title=title, hardware=sorted({run.hardware for run in trained}), training_seconds=sum(lines.values()))
     kept |= dict(runs=run_tables(trained), claims={}, tables={})
     for table in tables:
-        name = f"{table.folder.parent.name}/{table.folder.name}"
-        kept["claims"][name] = runs.read_json(table.folder / "claims.json")
-        for text in sorted(table.folder.glob("*.md")):
-            if text.stem != "claims":
-                kept["tables"][f"{name}/{text.stem}"] = text.read_text(encoding="utf-8")
+        kept["claims"][f"{table.folder.parent.name}/{table.folder.name}"] = runs.read_json(table.folder / "claims.json")
+    for text in [text for text in texts if text.stem != "claims"]:
+        kept["tables"]["/".join(text.with_suffix("").parts[-3:])] = text.read_text(encoding="utf-8")
     runs.write_json(file, kept)
     files = {picture.stem: picture for picture in reversed(pictures)}
     overview = [files[stem] for stem in OVERVIEW if stem in files]
@@ -309,12 +307,12 @@ def main(argv=None):
     trained = read_all(read_run, sorted(file.parent for file in files_below(args.runs, "config.json")), skipped)
     find_teachers(trained, skipped)
     tables = read_all(read_claims, sorted(files_below(args.results, "claims.json"), key=page_order), skipped)
-    pictures = sorted(files_below(args.results, "*.png"), key=page_order)
-    if not (trained or tables or pictures or skipped):
+    pictures, texts = (sorted(files_below(args.results, f"*.{ending}"), key=page_order) for ending in ("png", "md"))
+    if not (trained or tables or pictures or texts or skipped):
         raise runs.InputError("nothing to report: run make reproduce first, or give --runs and --results")
     if args.keep:
         args.keep.parent.mkdir(parents=True, exist_ok=True)
-        return keep(args.keep, args.title or args.keep.stem, trained, tables, pictures, skipped)
+        return keep(args.keep, args.title or args.keep.stem, trained, tables, texts, pictures, skipped)
     figures = read_all(read_figure, pictures, skipped)
     templates = jinja2.FileSystemLoader(Path(__file__).parent)
     layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
