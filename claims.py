@@ -284,6 +284,8 @@ def band(axis, xs, cells, scale=1.0, **style):
     (line,) = axis.plot(xs, [scale * c["value"] for c in cells], marker="o", ms=4, **style)
     low, high = ([scale * c[end] for c in cells] for end in ("low", "high"))
     axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, lw=0)
+    if len(xs) == 1:  # a band of one point cannot be seen
+        axis.vlines(xs, low, high, color=line.get_color(), alpha=0.5)
     if all("seeds" in c for c in cells):
         each = scale * np.array([c["seeds"] for c in cells])
         axis.plot(xs, each, color=line.get_color(), lw=0.5, alpha=0.5, zorder=1)

@@ -188,7 +188,8 @@ def main(argv=None):
     runs.write_text(results / "pays.md", pays_markdown(rows))
     claims.save_claims(results, pays_claims(rows), over)
     print(f"all measures: {results / 'pays.md'}")
-    plot(rows, results, f"{args.data}, {args.arch}, teachers stopped on the way; 95% intervals {over}")
+    which = "teachers stopped on the way" if len(rows) > 1 else "one teacher"
+    plot(rows, results, f"{args.data}, {args.arch}, {which}; 95% intervals {over}")
 
 
 if __name__ == "__main__":
