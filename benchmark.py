@@ -240,7 +240,7 @@ def main(argv=None):
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
     common.add_device_flag(parser)
     add("--gpu-check", action="store_true", help="for an issue: CUDA tests, and ResNet-56 at batch 512 and 1024")
-    add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
+    add("--out", default="results/benchmark", help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
     cuda = args.device == "cuda"
@@ -249,7 +249,8 @@ def main(argv=None):
     args.images = args.images or (50_000 if cuda else 5_000)
     args.arch = args.arch or ["resnet56" if args.gpu_check else "resnet20"]
     args.batch_size = args.batch_size or ([512, 1024] if args.gpu_check else [512 if cuda else 128])
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
 
     versions = runs.versions() | (cuda_facts() if args.gpu_check else {})
     rows = [row for arch in args.arch for kd in (False, True) for row in measure(args, arch, kd)]
@@ -262,8 +263,8 @@ def main(argv=None):
     text += claims.markdown_table(heads, lines)
     print(text)
     name = "gpu-check" if args.gpu_check else "benchmark"
-    runs.write_json(args.out / f"{name}.json", dict(versions=versions, rows=rows))
-    runs.write_text(args.out / f"{name}.md", text)
+    runs.write_json(out / f"{name}.json", dict(versions=versions, rows=rows))
+    runs.write_text(out / f"{name}.md", text)
 
 
 if __name__ == "__main__":

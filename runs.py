@@ -488,8 +488,8 @@ def _start_run(run, args, role, seed, data, model, facts):
     before, keys = read_config(run), ("role", "seed", "flags", "data", "facts")
     pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
     differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
-    stop, now = before["flags"].get("stop_epoch"), flags["stop_epoch"]
-    if differing.keys() == {"flags.stop_epoch"} and stop and (not now or now > stop):
+    stop, now = before["flags"].get("stop_epoch"), flags.get("stop_epoch")
+    if differing.keys() == {"flags.stop_epoch"} and isinstance(stop, int) and (not now or now > stop):
         # It goes on: the schedule hangs on --epochs alone.
         (run / "logits.npz").unlink(missing_ok=True)
         write_json(path, config)
