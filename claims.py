@@ -31,6 +31,16 @@ def mean_interval(values):
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def over_seeds(values):
+    """dict(value, low, high, seeds) of one number per seed; of one nested dict per seed, the dict of these."""
+    if isinstance(values[0], dict):
+        # Some seed may lack a key: its points may happen to have no flipped label.
+        keys = [key for key in values[0] if all(key in value for value in values)]
+        return {key: over_seeds([value[key] for value in values]) for key in keys}
+    value, low, high = mean_interval(values)
+    return dict(value=value, low=low, high=high, seeds=[float(value) for value in values])
+
+
 def accuracy(hits):
     """What `combine` gives for accuracies: hits [S, N], whether each seed's network is right on each test point."""
     hits = np.stack(hits).astype(float)

@@ -482,22 +482,12 @@ def denoise_claims(seeds):
 # ---------------------------------------------------------------- output
 
 
-def over_seeds(values):
-    """dict(value, low, high, seeds) of one number per seed; of one nested dict per seed, the dict of these."""
-    if isinstance(values[0], dict):
-        # The points of a seed may happen to have no flipped label.
-        keys = [key for key in values[0] if all(key in value for value in values)]
-        return {key: over_seeds([value[key] for value in values]) for key in keys}
-    value, low, high = claims.mean_interval(values)
-    return dict(value=value, low=low, high=high, seeds=[float(value) for value in values])
-
-
 def bands(axis, seeds, xs, value_of, scale=np.asarray):
     """A band for each loss: scale(mean over seeds of value_of(table, loss, x)) at each of xs."""
     for loss in LOSSES:
         cells = []
         for x in xs:
-            cell = over_seeds([value_of(seed["table"], loss, x) for seed in seeds])
+            cell = claims.over_seeds([value_of(seed["table"], loss, x) for seed in seeds])
             cells.append({key: scale(value) for key, value in cell.items()})
         claims.band(axis, [float(x) for x in xs], cells, **STYLES[loss])
 
@@ -548,10 +538,10 @@ def groups_panel(axis, seeds):
             logs.append(math.log(max(share, 1e-12)))
         return math.exp(np.mean(logs))
 
-    found = over_seeds([seed["table"]["onehot"]["0"]["kd"] for seed in seeds])
+    found = claims.over_seeds([seed["table"]["onehot"]["0"]["kd"] for seed in seeds])
     groups = [key.removeprefix("noise ") for key in found if key.startswith("noise ")]
     for k, loss in enumerate(LOSSES):
-        cells = [over_seeds([relative(seed["table"], loss, group) for seed in seeds]) for group in groups]
+        cells = [claims.over_seeds([relative(seed["table"], loss, group) for seed in seeds]) for group in groups]
         values, places = [cell["value"] for cell in cells], np.arange(len(groups)) + 0.27 * (k - 1)
         bars = [cell["value"] - cell["low"] if len(seeds) > 1 else 0 for cell in cells]
         axis.bar(places, values, 0.25, color=STYLES[loss]["color"])
@@ -646,9 +636,9 @@ def main(argv=None):
         print("this shard is measured; when all are, the same command without --shard draws the figure")
         return
     summary = dict(seeds=args.seeds, gradients=found[0]["gradients"], smoothing=[seed["smoothing"] for seed in found])
-    summary["accuracy"] = over_seeds([seed["accuracy"] for seed in found])
-    summary["link"] = over_seeds([link(seed) for seed in found])
-    summary["tables"] = over_seeds([seed["table"] for seed in found])
+    summary["accuracy"] = claims.over_seeds([seed["accuracy"] for seed in found])
+    summary["link"] = claims.over_seeds([link(seed) for seed in found])
+    summary["tables"] = claims.over_seeds([seed["table"] for seed in found])
     runs.write_json(Path(args.out) / "denoise.json", summary)
     claims.save_claims(args.out, denoise_claims(found), f"Student's t over {len(found)} seeds")
     plot(found, args)

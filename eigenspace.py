@@ -29,7 +29,7 @@ import claims
 import common
 import engine
 import runs
-from denoise_gradients import matched_smoothing, over_seeds, smoothed, soft_loss
+from denoise_gradients import matched_smoothing, smoothed, soft_loss
 from runs import InputError, number
 
 LEVELS = ("linear", "classifiers", "ntk")
@@ -682,7 +682,7 @@ def draw(level, results, data, args):
             if what == "linear":
                 control = [compare(seed["paths"], "smoothed")["ratio"]["smoothed"].mean() for seed in of_seeds]
                 first["note"] += "; control: the smoothed network"
-                first = claims.headline(first, "§4", over_seeds(control))
+                first = claims.headline(first, "§4", claims.over_seeds(control))
             else:
                 verdicts[network] = first["verdict"]
             rows += [first, *others]

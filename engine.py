@@ -26,9 +26,8 @@ import runs
 from runs import InputError
 
 SAVE_SECONDS = 60  # a killed run loses at most that much; one that is interrupted saves first
-FORWARD_BATCH = dict(
-    cpu=128, cuda=1000
-)  # images of a forward alone: more leave a CPU's cache, and take up to twice the time
+# Images of a forward without a step: more leave a CPU's cache, and take up to twice the time.
+FORWARD_BATCH = dict(cpu=128, cuda=1000)
 EVALUATIONS = 20  # a run's test evaluations, unless --eval-every is given
 LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
 
@@ -421,9 +420,8 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         groups = optimizer.state_dict()["param_groups"]  # these are of the flags
         optimizer.load_state_dict(dict(state["optimizer"], param_groups=groups))
         step, history = state["step"], state["history"]
-        epochs = [line["epoch"] for line in history]
-        fits = isinstance(step, int) and 0 <= step <= total and epochs == list(range(1, step // per_epoch + 1))
-        if not fits or not all(isinstance(value, (int, float)) for line in history for value in line.values()):
+        runs.check_metrics(history)
+        if not isinstance(step, int) or not 0 <= step <= total or len(history) != step // per_epoch:
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
         for parameter, kept in optimizer.state.items():  # load_state_dict takes any shape, and None
             for name, value in kept.items():

@@ -283,7 +283,7 @@ BAD = {
     1: "weak bland uneven thin dull stale slow loose".split(),
 }
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
-VERBS = "is was seems feels looked remains"
+THINGS, VERBS = THINGS.split(), "is was seems feels looked remains".split()
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
 
 
@@ -305,7 +305,7 @@ def sentiment(n, part, data_seed):
         intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
         adjectives = (GOOD if (sign > 0) != negated else BAD)[strength]
         score = sign * strength * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
-        words = ("the", pick(THINGS.split()), pick(VERBS.split()), "not" * negated, intensifier, pick(adjectives))
+        words = ("the", pick(THINGS), pick(VERBS), "not" * negated, intensifier, pick(adjectives))
         return " ".join(filter(None, words)), score
 
     texts, scores = [], []
@@ -715,20 +715,16 @@ def train_seed(args, seed, data, models, folders):
 def save_metrics(folder, named, data):
     """glue.json and glue.md: the task's metrics of every network in `named`, {what: [run folder per seed]}, in the
     table in percent, with Student's t intervals over seeds. Returns {what: {metric: [value per seed]}}."""
-    rows, lines = {}, []
+    rows, lines, names = {}, [], []
+    for split in [split for split in data.splits if split != "train"]:
+        names += [f"{split}_{name}" for name in METRICS.get(data.facts["name"], ("acc",))]
     for what, folders in named.items():
-        last, rows[what] = [runs.last_metrics(run) for run in folders], {}
-        for split in [split for split in data.splits if split != "train"]:
-            names = [f"{split}_{name}" for name in METRICS.get(data.facts["name"], ("acc",))]
-            rows[what] |= {name: [line[name] for line in last] for name in names}
-        intervals = [
-            dict(zip(("value", "low", "high"), claims.mean_interval(v), strict=True)) for v in rows[what].values()
-        ]
-        lines.append([what, *(claims.cell(interval, 100, 2) for interval in intervals)])
-    runs.write_json(
-        folder / "glue.json", dict(task=data.facts, rows=[dict(network=what, **rows[what]) for what in rows])
-    )
-    table = claims.markdown_table(["network", *rows["teacher"]], lines)
+        last = [runs.last_metrics(run) for run in folders]
+        rows[what] = {name: [line[name] for line in last] for name in names}
+        lines.append([what, *(claims.cell(claims.over_seeds(rows[what][name]), 100, 2) for name in names)])
+    every = [dict(network=what, **row) for what, row in rows.items()]
+    runs.write_json(folder / "glue.json", dict(task=data.facts, rows=every))
+    table = claims.markdown_table(["network", *names], lines)
     runs.write_text(folder / "glue.md", table)
     print(table)
     return rows

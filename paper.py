@@ -115,12 +115,16 @@ class Run(NamedTuple):
     share: float = 1.0  # of the epochs: a branch of another run trains the last ones alone
 
 
+# What trains nothing that the commands before have not: a shard leaves it out.
+DRAWING = ("analyze_deviation.py", "when_it_pays.py")
+
+
 class Entry(NamedTuple):
     """One setting of the paper. Entries share run folders only where the second part of their names is the same."""
 
     name: str
     seeds: list
-    commands: list  # of words; all but analyze_deviation.py train
+    commands: list  # of words; all but DRAWING train
     runs: list
     results: list  # folders in which the commands leave claims.json
 
@@ -263,7 +267,7 @@ def part_of(shard, entries):
             if entry.name.split("/")[1] == data and seed in entry.seeds:
                 # The scripts take a shard to draw nothing, so 0/1 is none.
                 words = ["--shard", f"{entry.seeds.index(seed)}/{max(2, len(entry.seeds))}"]
-                commands = [[*command, *words] for command in entry.commands if command[0] != "analyze_deviation.py"]
+                commands = [[*command, *words] for command in entry.commands if command[0] not in DRAWING]
                 mine = [run for run in entry.runs if run.seed == seed]
                 found.append(Entry(f"{entry.name}, seed {seed}", [seed], commands, mine, []))
     return found
@@ -302,15 +306,19 @@ def is_done(entry):
     return min(file.stat().st_mtime_ns for file in drawn) >= max(trained)
 
 
+def sizes_of(run):
+    """(training images, test images, side, classes) of a run's dataset, or () where only the data itself tells."""
+    return common.dataset_of(run.flags.data).size if run.flags else ()
+
+
 def seconds_left(run):
     """Estimated seconds of training that are left of a run, or None. An evaluated image counts as a third of a step."""
     text, done = state(run)
     if text == "finished":
         return 0.0
-    sizes = common.dataset_of(run.flags.data).size if run.flags else ()
-    if not sizes:  # known only with the data
+    if not sizes_of(run):
         return None
-    flags, (images, test_images, side, classes) = run.flags, sizes
+    flags, (images, test_images, side, classes) = run.flags, sizes_of(run)
     images, planned = flags.subset or images, flags.stop_epoch or flags.epochs
     batch = min(flags.batch_size, images)
     network = (flags.arch, run.teacher, side, classes, batch, flags.precision, flags.device, flags.width)
@@ -328,8 +336,8 @@ def checkpoint_bytes(arch, classes, side, width):
 def disk_space(found):
     """(bytes of checkpoints, of tables of teacher logits) of the image runs among `found`."""
     checkpoints, tables = 0, {}  # the students of a teacher and seed share a table
-    for run in [run for run in found if run.flags and common.dataset_of(run.flags.data).size]:
-        flags, (images, _, side, classes) = run.flags, common.dataset_of(run.flags.data).size
+    for run in filter(sizes_of, found):
+        flags, (images, _, side, classes) = run.flags, sizes_of(run)
         checkpoints += checkpoint_bytes(flags.arch, classes, side, flags.width)
         if run.teacher:
             table = flags.epochs * (flags.subset or images) * classes * (2 if flags.precision == "bf16" else 4)
@@ -355,12 +363,12 @@ def dry_run(entries):
                 units[entry.name.split("/")[1], run.seed] += seconds or 0.0
         for folder in entry.results:
             print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
-    known = [seconds for seconds in left.values() if seconds is not None]
+    known, times = [seconds for seconds in left.values() if seconds is not None], list(units.values())
     print(f"{len(entries)} entries, {len(left)} runs, {finished} finished; {in_words(sum(known))} left")
     print("Times: one run after the other on this device;", end=" ")
     print(f"{len(left) - len(known)} runs and all measuring not estimated")
     for count in (1, 8, 64):
-        longest = max(sum(list(units.values())[i::count]) for i in range(count))
+        longest = max(sum(times[i::count]) for i in range(count))
         print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
     checkpoints, tables = disk_space({run.folder: run for entry in entries for run in entry.runs}.values())
     print(f"disk: {checkpoints / 1e9:.1f} GB of checkpoints, {tables / 1e9:.1f} GB of tables of teacher logits")

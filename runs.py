@@ -286,12 +286,17 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     with reading(path, "train that run again with --overwrite"):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for epoch, line in enumerate(lines, 1):
-            if line.get("epoch") != epoch or not all(isinstance(value, (int, float)) for value in line.values()):
-                raise ValueError("its lines are not those of a run")
+        check_metrics(lines)
         if not lines:
             raise ValueError("it is empty")
         return lines
+
+
+def check_metrics(lines):
+    """Raise an error, within `reading`, unless `lines` are dicts of numbers for the epochs 1, 2, …"""
+    for epoch, line in enumerate(lines, 1):
+        if line.get("epoch") != epoch or not all(isinstance(value, (int, float)) for value in line.values()):
+            raise ValueError("its lines of metrics are not those of a run")
 
 
 def last_metrics(run):

@@ -49,20 +49,20 @@ def student_folder(base, share, seed):
     return Path(f"{base}-kd-s{seed}" if share == 1 else f"{base}-kd-of-{share:g}-s{seed}")
 
 
-def train_seed(base, args, seed, data, shares, source):
+def train_seed(base, args, seed, data, shares, **kept):
     """Train teacher, one-hot control and the student of each stopped teacher; returns `points_of` for each share.
 
-    source: of the teacher logits, see `engine.teacher_source`.
+    kept: source and folder of the teacher logits, see `engine.TeacherLogits`.
     """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
     train_teacher(teacher_run, args, seed, data)
     one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
     train_student(control, one_hot, seed, data)
-    points, tables = [], Path(base).parent / "teacher-logits"
+    points = []
     for share, step in shares.items():
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
-        train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, source, tables))
+        train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, **kept))
         points.append(points_of(model, data, student, control))
     return points
 
@@ -165,8 +165,8 @@ def main(argv=None):
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
     per_epoch, total = common.total_steps(args, data)
-    epochs = total / per_epoch  # each teacher serves one student
-    source = engine.teacher_source(args, data, epochs, epochs, Path(base).parent / "teacher-logits")
+    epochs, tables = total / per_epoch, Path(base).parent / "teacher-logits"  # each teacher serves one student
+    source = engine.teacher_source(args, data, epochs, epochs, tables)
     shares = {share: max(1, round(share * total)) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     seeds = engine.shard_of(args)
@@ -174,7 +174,7 @@ def main(argv=None):
     shared = [Path(f"{base}-{name}-s{seed}") for seed in seeds for name in ("teacher", "onehot")]
     runs.discard_runs(args, students + shared)
     engine.run_jobs(args)
-    points = [train_seed(base, args, seed, data, shares, source) for seed in seeds]
+    points = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
     if seeds != args.seeds:
         print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
         return
