@@ -213,16 +213,6 @@ def verdicts_in_words(rows):
     return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
 
 
-def show_results(folder):
-    """Print the headlines of every claims table below `folder`, and where the tables and figures are."""
-    rows, tables = [], []
-    for file in sorted(Path(folder).rglob("claims.json")):
-        rows += checked_claims(runs.read_json(file), file)
-        tables.append(str(file.with_suffix(".md")))
-    print(headlines_markdown(headlines(rows)))
-    print(f"all {len(rows)} claims ({verdicts_in_words(rows)}): {' '.join(tables)}")
-
-
 # ---------------------------------------------------------------- tables
 
 

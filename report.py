@@ -324,6 +324,9 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     runs.write_text(args.out / "index.html", page)
     left_out = f"; {len(skipped)} damaged or unfinished left out" if skipped else ""
+    if found["headlines"]:
+        print(claims.headlines_markdown(found["headlines"]))
+    print(f"{len(rows)} claims ({claims.verdicts_in_words(rows)}): claims.md beside each figure in the results")
     print(f"report: {args.out / 'index.html'}, of {len(trained)} runs and {len(figures)} figures{left_out}")
 
 

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 import claims
+import report
 import runs
 
 
@@ -95,12 +96,12 @@ def test_headlines_of_all_tables_are_shown_in_the_papers_order(tmp_path, capsys)
         claims.save_claims(tmp_path / name, [other, row], "one seed")
     assert runs.read_json(tmp_path / "fig1a" / "claims.json")[0]["note"] == "a; one seed"
     capsys.readouterr()
-    claims.show_results(tmp_path)
+    report.main(["--results", str(tmp_path), "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     first = "| §3.1 | headline of fig1a | > 1 | 120.0 [110.0, 130.0] % | 50.0 [25.0, ?] % | holds |"
     second = "| §5 | headline of denoise | > 1 | 1.20 [1.10, 1.30] | 0.50 [0.25, ?] | holds |"
     assert shown.index(first) < shown.index(second) and "another" not in shown
-    assert "all 4 claims (4 holds)" in shown and str(tmp_path / "denoise" / "claims.md") in shown
+    assert "4 claims (4 holds): claims.md beside each figure" in shown
 
 
 def test_a_long_table_is_printed_as_its_headlines_alone(tmp_path, capsys):
@@ -140,7 +141,7 @@ ODD = json.dumps([dict(claims.claim("a", "> 1", 1, 1, 1, 1), section="§9", show
 def test_a_file_that_is_no_table_of_claims_is_refused(content, tmp_path):
     (tmp_path / "claims.json").write_text(content)
     with pytest.raises(runs.InputError, match=r"claims\.json cannot be read"):
-        claims.show_results(tmp_path)
+        claims.checked_claims(runs.read_json(tmp_path / "claims.json"), tmp_path / "claims.json")
 
 
 def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
