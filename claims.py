@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # Student's t; scipy.stats takes a second to import
 
 import runs
 
@@ -21,7 +21,7 @@ def seed_term(values):
     count = len(values)
     if count < 2:
         return 0.0 * np.asarray(values[0])
-    return stats.t.ppf(0.975, count - 1) ** 2 * np.var(values, axis=0, ddof=1) / count
+    return stdtrit(count - 1, 0.975) ** 2 * np.var(values, axis=0, ddof=1) / count
 
 
 def mean_interval(values):
@@ -90,7 +90,7 @@ def ratio(numerators, denominators):
     values, draws, count = pair[:, :, 0], pair[:, :, 1:].mean(1), pair.shape[1]
     covariance = 1.96**2 * np.cov(draws)
     if count > 1:
-        covariance = covariance + stats.t.ppf(0.975, count - 1) ** 2 * np.cov(values) / count
+        covariance = covariance + stdtrit(count - 1, 0.975) ** 2 * np.cov(values) / count
     top, bottom = values.mean(1)
     with np.errstate(divide="ignore", invalid="ignore"):  # a seed without any gain
         found = dict(value=float(top / bottom), low=-math.inf, high=math.inf, seeds=(values[0] / values[1]).tolist())

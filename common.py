@@ -723,7 +723,7 @@ def add_device_flag(group):
 def add_process_flags(parser):
     """--jobs and --shard, for the scripts that train a run for each seed."""
     add = parser.add_argument_group("processes").add_argument
-    add("--jobs", type=number(int, 1, 1000), default=1, help="that many seeds at a time, each in its own process")
+    add("--jobs", type=number(int, 1, 1000), default=1, help="processes side by side that share the seeds")
     shard = "i/n: train every n-th seed alone, from the i-th on (from 0), one of n machines (default: all)"
     add("--shard", type=runs.shard, default=(0, 1), help=shard)
 

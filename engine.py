@@ -86,49 +86,40 @@ def shard_of(args):
 
 
 def run_jobs(args):
-    """With --jobs N, train this shard's seeds, N at a time, each in a process of its own. Afterwards they are finished.
+    """With --jobs N, train this shard's seeds in N processes side by side. Afterwards they are finished.
 
-    Such a process is this command with one seed (`--shard`) and cores/N threads. SIGINT and SIGTERM reach all of them:
-    each saves, and this one exits 130.
+    Such a process is this command with a --shard of its own, every N-th of the seeds, and cores/N threads. SIGINT and
+    SIGTERM reach all of them: each saves, and this one exits 130.
     """
     first, every = args.shard
-    if args.jobs == 1 or len(args.seeds[first::every]) < 2:
+    jobs = min(args.jobs, len(args.seeds[first::every]))
+    if jobs < 2:
         return
     if runs.ranks()[1] > 1:
         raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
-    words = [word for word in sys.argv if word != "--overwrite"]  # which was done, once for all
-    quiet = ["--quiet"] * ("quiet" in args)
-    threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // args.jobs))} | os.environ
+    # Without --overwrite, which was done, once for all.
+    words = [sys.executable, *(word for word in sys.argv if word != "--overwrite"), "--jobs", "1"]
+    words += ["--quiet"] * ("quiet" in args)
+    threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // jobs))} | os.environ
+    shards = [f"{first + k * every}/{jobs * every}" for k in range(jobs)]
     sys.stdout.flush()
-    shards = [f"{place}/{len(args.seeds)}" for place in range(first, len(args.seeds), every)]
-    commands = [[sys.executable, *words, "--jobs", "1", "--shard", shard, *quiet] for shard in shards]
-    codes = side_by_side(commands, args.jobs, threads)
-    if 130 in codes:
+    told = False
+    with runs.interruptible() as stop:
+        processes = [subprocess.Popen([*words, "--shard", shard], env=threads) for shard in shards]
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            if stop and not told:  # once: a second signal would meet a process that is saving
+                told = True
+                for process in processes:
+                    process.terminate()
+    codes = [process.returncode for process in processes]
+    if stop or 130 in codes:
         runs.exit_interrupted()
     if 2 in codes:  # that process has said why
         raise SystemExit(2)
     if any(codes):
         code = f"code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
-        raise InputError(f"the process of a seed ended with {code}: the same command goes on from what is finished")
-
-
-def side_by_side(commands, at_once, environment):
-    """Exit codes of `commands`, run `at_once` at a time; after a signal (130) or a failure no more are started."""
-    waiting, active, codes, told = list(commands), [], [], False
-    with runs.interruptible() as stop:
-        while active or waiting:
-            if stop or any(codes):
-                waiting.clear()
-            while waiting and len(active) < at_once:
-                active.append(subprocess.Popen(waiting.pop(0), env=environment))
-            time.sleep(0.1)
-            if stop and not told:  # once: a second signal would meet a process that is saving
-                told = True
-                for process in active:
-                    process.terminate()
-            codes += [process.returncode for process in active if process.poll() is not None]
-            active = [process for process in active if process.returncode is None]
-    return codes + [130] * bool(stop)
+        raise InputError(f"one of the --jobs ended with {code}: the same command goes on from what is finished")
 
 
 # ---------------------------------------------------------------- measuring a model

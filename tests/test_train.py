@@ -557,44 +557,40 @@ def test_torchrun_is_refused_where_a_run_is_not_shared(two_ranks, tiny_runs, tmp
 class Process:
     """A process that has ended as `codes` says, with its command: for `run_jobs`, instead of subprocess.Popen."""
 
-    codes, started, active, most = [], [], 0, 0
+    codes, started = [], []
 
     def __init__(self, words, env):
+        self.returncode, self.code = None, Process.codes[len(Process.started)]
         Process.started.append(words)
-        Process.active += 1
-        Process.most = max(Process.most, Process.active)
-        self.returncode = None
 
     def poll(self):
-        if self.returncode is None:
-            self.returncode = Process.codes[len(Process.started) - Process.active]
-            Process.active -= 1
-        return self.returncode
+        self.returncode = self.code
+        return self.code
 
 
 ENDINGS = [
-    ([0, 0, 0, 0, 0], 5, None, ""),
-    ([0, -9, 0, 0, 0], 2, runs.InputError, "ended with code -9"),  # after an error none is started
-    ([2, 0, 0, 0, 0], 2, SystemExit, "2"),
-    ([0, 0, 130, 0, 0], 4, SystemExit, "130"),
+    ([0, 0], None, ""),
+    ([0, -9], runs.InputError, "ended with code -9"),
+    ([2, 0], SystemExit, "2"),
+    ([0, 130], SystemExit, "130"),
 ]
 
 
-@pytest.mark.parametrize("codes, count, ending, words", ENDINGS)
-def test_jobs_start_a_process_for_each_seed_and_end_as_they_do(codes, count, ending, words, monkeypatch, capsys):
+@pytest.mark.parametrize("codes, ending, words", ENDINGS)
+def test_jobs_share_the_seeds_of_a_shard_and_end_as_their_processes_do(codes, ending, words, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--seeds", "all", "--jobs", "2"])
-    Process.codes, Process.started, Process.active, Process.most = codes, [], 0, 0
-    args = argparse.Namespace(seeds=list(range(10)), shard=(1, 2), jobs=2, quiet=False)
+    Process.codes, Process.started = codes, []
+    args = argparse.Namespace(seeds=list(range(10)), shard=(1, 3), jobs=2, quiet=False)
     with pytest.raises(ending, match=words) if ending else contextlib.nullcontext():
         engine.run_jobs(args)
-    assert Process.most == 2
-    shared = [sys.executable, "train.py", "--seeds", "all", "--jobs", "2", "--jobs", "1", "--shard"]
-    assert Process.started == [[*shared, f"{k}/10", "--quiet"] for k in range(1, 2 * count, 2)]
+    shared = [sys.executable, "train.py", "--seeds", "all", "--jobs", "2", "--jobs", "1", "--quiet", "--shard"]
+    assert Process.started == [[*shared, "1/6"], [*shared, "4/6"]]
+    shares = [args.seeds[k::6] for k in (1, 4)]
+    assert sorted(sum(shares, [])) == args.seeds[1::3]
     assert not capsys.readouterr().err  # each says itself what is wrong
     engine.run_jobs(argparse.Namespace(seeds=[3], shard=(0, 1), jobs=2))  # one alone is trained in this process
-    assert len(Process.started) == count
+    assert len(Process.started) == 2
 
 
 class Saving:
