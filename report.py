@@ -12,6 +12,7 @@ layout is report.html.jinja. A damaged file or an unfinished run is left out, an
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -243,6 +244,11 @@ def sheet(pictures, width=1000):
     return whole
 
 
+def most_seeds(setting):
+    """How many seeds there are at most behind a number of a kept setting."""
+    return max([row["seeds"] for row in itertools.chain(*setting["runs"].values())], default=0)
+
+
 def side_by_side(kept):
     """The headlines of all `kept` settings in one Markdown table, a column for each setting."""
     rows, cells = {}, {}
@@ -282,7 +288,8 @@ def write_docs(folder):
     runs.write_text(folder / "results.md", text)
     readme = folder.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    table = side_by_side([setting for setting in kept.values() if setting["claims"]])
+    # One seed has intervals over points alone: it stays out of README.
+    table = side_by_side([setting for setting in kept.values() if setting["claims"] and most_seeds(setting) > 1])
     runs.write_text(readme, f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     print(f"written: {folder / 'results.md'} and the table in {readme}")
 

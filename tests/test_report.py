@@ -337,14 +337,18 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
     write_results(tmp_path / "results" / "digits" / "fig1a", [slope, claim("only in the full table")])
     write_results(tmp_path / "results" / "glue" / "tiny", [spoken])
     (tmp_path / "results" / "digits" / "fig1a" / "statistics.md").write_text("| statistics |\n")
-    write_run(tmp_path / "runs" / "t")
-    lines = [dict(epoch=k, step=k, test_acc=0.7, seconds=1800.0) for k in (1, 2)]
-    runs.write_metrics(tmp_path / "runs" / "t", lines)
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / f"t-s{seed}", seed=seed)
+        lines = [dict(epoch=k, step=k, test_acc=0.7, seconds=900.0 + seed) for k in (1, 2)]
+        runs.write_metrics(tmp_path / "runs" / f"t-s{seed}", lines)
     (tmp_path / "results" / "digits" / "fig1b.png").write_bytes(b"torn")
     printed = finished(report, "--keep", "docs/results/digits.json", "--title", "noisy digits")
     assert "left out: results/digits/fig1b.png cannot be read" in printed
     assert Image.open("docs/results/digits.webp").width == 1000
-    runs.write_json("docs/results/other.json", dict(runs.read_json("docs/results/digits.json"), title="other"))
+    kept = runs.read_json("docs/results/digits.json")
+    runs.write_json("docs/results/other.json", dict(kept, title="other"))
+    one_seed = {data: [dict(row, seeds=1) for row in rows] for data, rows in kept["runs"].items()}
+    runs.write_json("docs/results/single.json", dict(kept, title="single", runs=one_seed))  # not for README
     Path("README.md").write_text(f"before\n{report.MARKS[0]}\nold table\n{report.MARKS[1]}\nafter\n")
     for _ in range(2):  # the second time changes nothing
         finished(report, "--docs", "docs")
@@ -363,4 +367,4 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
         "(results/digits.webp)",
     ):
         assert part in text, part
-    assert text.index("## noisy digits") < text.index("## other")
+    assert text.index("## noisy digits") < text.index("## other") < text.index("## single")
