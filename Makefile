@@ -116,10 +116,10 @@ lint: .venv/ready
 soak: .venv/ready
 	DISOBEY_SOAK=1 $(PY) -m pytest -q tests -k "faults or fuzz"
 
+# Without compiling: what is imported is compiled then, and all of it takes as long as the installation itself.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	# What is imported is compiled then; compiling all of it takes as long as the installation itself.
 	$(PY) -m pip install -q --no-compile -r requirements.txt
 	@touch $@
 

@@ -24,11 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 # ---------------------------------------------------------------- errors
 
@@ -419,36 +415,29 @@ def locked(run):
 
     The system drops the lock with the process that holds it, however that ends: a file left behind hinders nobody.
     """
-    if fcntl is None or ranks()[0]:  # Windows has no flock; of several ranks the first one writes
+    if ranks()[0]:  # of several ranks the first one writes
         yield
         return
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    path = run / ".lock"
-    while True:
-        file = open(path, "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "just started"
-            file.close()
-            advice = "wait for it, or choose another --out"
-            raise InputError(f"{run} is being trained by another process ({holder}): {advice}") from None
-        except OSError as error:
-            print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        file.close()  # the one before removed it between our open and our lock
+    path, holder = run / ".lock", run / ".lock-holder"
+    lock = FileLock(path, timeout=0)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {platform.node()}")
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "just started"
+        advice = "wait for it, or choose another --out"
+        raise InputError(f"{run} is being trained by another process ({who}): {advice}") from None
+    except OSError as error:
+        print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
+    try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        for file in (holder, path):  # before the release, or another process's would go
+            with suppress(OSError):  # Windows keeps what is open
+                file.unlink()
+        lock.release()
         if not any(run.iterdir()):  # refused before anything was written
             run.rmdir()
 
@@ -460,9 +449,7 @@ def one_at_a_time(path):
     with ExitStack() as stack:
         with suppress(OSError):  # where nothing can be written or locked, what is there can still be read
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "a"))
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
         yield
 
 
@@ -484,7 +471,7 @@ def _start_run(run, args, role, seed, data, model, facts):
         if RUN_FILE.fullmatch(leftover.stem[1:]):
             leftover.unlink()
     path = run / "config.json"
-    if not path.exists() and any(file.name != ".lock" for file in run.iterdir()):
+    if not path.exists() and any(not file.name.startswith(".lock") for file in run.iterdir()):
         raise InputError(f"{run} is not empty and not a run folder: choose another --out")
     if args.overwrite or not path.exists() or read_json(path) == DISCARDED:
         discard_run(run)
