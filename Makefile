@@ -43,7 +43,7 @@ fig1a-drawn: fig1b
 
 # Before the others in `reproduce`: its runs are theirs too, and it keeps the states on the way that they need.
 # Fewer moments than `python switch_distill.py` takes, for time.
-STOP_AT := 0.1 0.4
+STOP_AT := 0.1 0.7
 SWITCH_AT ?= 0 0.5 0.9 1
 fig1b: .venv/ready
 	$(PY) switch_distill.py $(COMMON) --quiet --switch-at $(SWITCH_AT) --snapshot-at 0.05 0.25 $(STOP_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
