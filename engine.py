@@ -306,7 +306,9 @@ class TeacherLogits:
         """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
         if self.source == "live":
             return self._forward(images).float()
-        return self.table[index * self.data.n_views + view if self.source == "views" else index].float()
+        # Of mapped images index is on the CPU, view where the table is.
+        rows = index.to(view.device)
+        return self.table[rows * self.data.n_views + view if self.source == "views" else rows].float()
 
     @torch.no_grad()
     def _forward(self, images):
@@ -331,7 +333,8 @@ class TeacherLogits:
         return table
 
     def _epoch(self, stream, epoch, views):
-        key = (self.sha256, self.data.facts["sha256"], self.precision, self.data.n_views, stream)
+        size = getattr(self.model, "size", None)  # which the weights do not tell
+        key = (self.sha256, size, self.data.facts["sha256"], self.precision, self.data.n_views, stream)
         file = self.folder / f"{common.stream_seed(*key):016x}" / f"epoch-{epoch + 1:04d}.npz"
         with runs.one_at_a_time(file):
             if file.exists():
@@ -421,9 +424,10 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
                     raise ValueError("the optimiser's state lacks its momentum")
                 if value is not None and value.reshape(shape).shape != value.shape:
                     raise ValueError("the optimiser's state has other shapes than the weights")
-        torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        if not runs.ranks()[0]:  # it is the first rank's
+            torch.set_rng_state(state["rng"].cpu())
+            if device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         return step, history, float(state["spent"]), state["sums"].reshape(3).double()
 
 

@@ -308,7 +308,7 @@ def write_metrics(run, history):
     write_text(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
-def kept_result(path, settings, compute, overwrite=False):
+def kept_result(path, settings, compute):
     """`compute()`, a dict of plain numbers and lists, as kept in the JSON file `path` together with its `settings`.
 
     InputError when the file was made with other settings, or has changed since.
@@ -318,7 +318,7 @@ def kept_result(path, settings, compute, overwrite=False):
         return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
     path = Path(path)
-    if path.exists() and not overwrite:
+    if path.exists():
         with reading(path, "remove it, or discard all with --overwrite"):
             kept = read_json(path)
             if kept.get("sha256") != digest(kept.get("result")):
@@ -421,7 +421,7 @@ def locked(run):
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     path, holder = run / ".lock", run / ".lock-holder"
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=2)  # seconds: a look at a finished run takes a part of one
     try:
         lock.acquire()
         holder.write_text(f"process {os.getpid()} on {platform.node()}")

@@ -219,7 +219,8 @@ def test_a_kept_result_is_computed_once_and_for_the_same_settings_alone(tmp_path
     path.write_text(json.dumps(dict(kept, result=dict(result, b="d"))))
     with pytest.raises(runs.InputError, match="has changed.*--overwrite"):
         runs.kept_result(path, dict(lr=1), compute)
-    runs.kept_result(path, dict(lr=2), compute, overwrite=True)
+    path.unlink()
+    runs.kept_result(path, dict(lr=2), compute)
     assert len(calls) == 2 and runs.read_json(path)["settings"] == dict(lr=2)
 
 

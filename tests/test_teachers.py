@@ -57,9 +57,24 @@ def test_the_figure_is_drawn_with_the_command_that_is_printed(state, trained):
     words = shlex.split(printed.partition("next: python analyze_deviation.py ")[2].splitlines()[0])
     finished(analyze_deviation, *words, "--bootstrap", 100)
     drawn = json.load(open("results/fig1a/deviation.json"))["tables"]
-    accuracy = next(iter(drawn.values()))["fidelity"]["teacher"]["accuracy"]["value"]
+    accuracy = drawn["train"]["fidelity"]["teacher"]["accuracy"]["value"]
     expected = runs.read_npz(trained / "t" / "logits.npz")
     assert np.isclose(accuracy, (expected["train_logits"].argmax(1) == expected["train_labels"]).mean())
+
+
+def test_teachers_of_images_of_other_sizes_share_no_table(tmp_path):
+    write_arrays(tmp_path / "rgb.npz")
+    data = common.load_data(f"npz:{tmp_path / 'rgb.npz'}")
+    torch.save(common.build_model("resnet8", 4, [16, 16, 3]).state_dict(), tmp_path / "t.pth")
+    views, found = torch.zeros(len(data.y_train), dtype=torch.long), []
+    for size in (16, 24, 16):
+        model = engine.load_weights(tmp_path / "t.pth", "resnet8", data, size=size)
+        teacher = engine.TeacherLogits(model, data, source="epochs", folder=tmp_path / "tables")
+        teacher.follow(("student", 0), 0, views)
+        teacher.ready()
+        found.append((teacher.passes, teacher.table))
+    assert [passes for passes, _ in found] == [1, 1, 0]
+    assert torch.equal(found[0][1], found[2][1]) and not torch.allclose(found[0][1], found[1][1])
 
 
 def test_another_normalisation_is_undone(tmp_path):
