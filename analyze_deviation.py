@@ -139,12 +139,12 @@ def replicates(point, resamples=1000, rng=None, done=None):
     return out
 
 
-def measure(points, resamples=1000, seed=0, done=None):
+def measure(points, resamples=1000, done=None):
     """{kind: {network: {statistic: dict(value, low, high, seeds)}}} of one split over seeds.
 
     points: one dict for each seed; see `replicates` for these and `claims.combine` for the values.
     """
-    per_seed = [replicates(point, resamples, np.random.default_rng(seed), done) for point in points]
+    per_seed = [replicates(point, resamples, done=done) for point in points]
     table = {}
     for kind, network, key in per_seed[0]:
         draws = [found[kind, network, key] for found in per_seed]
@@ -405,9 +405,10 @@ def main(argv=None):
     if any(of_runs) == any(of_files) or not (args.teacher and args.student or args.teacher_logits):
         by_files = "--teacher-logits, --student-logits and --labels (and --control-logits)"
         raise InputError(f"give either --teacher and --student run folders (and --control), or {by_files}")
-    folders = [os.path.realpath(run) for group in of_runs for run in set(group or ())]
+    # Teachers alone may serve several seeds.
+    folders = [os.path.realpath(run) for run in (*set(args.teacher or ()), *(args.student or ()), *args.control)]
     if len(set(folders)) < len(folders):
-        raise InputError("a run folder is named as two of teacher, student and control: give different runs")
+        raise InputError("a run folder is named twice: teachers, students and controls are different runs")
     points = points_from_files(args) if args.teacher_logits else points_from_runs(*of_runs)
     first = next(iter(points.values()))
     title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"

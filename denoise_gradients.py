@@ -263,13 +263,14 @@ def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
 def student_states(what, args, seed, data, teacher, smoothing):
     """{percent: state dict} of the student run `what`, from 0 to 100; trained now when it is missing."""
     run, kd, total = run_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
-    steps = {percent: min(round(total * percent / 100), total - 1) for percent in args.percents}
+    steps = {percent: min(round(percent / 100 * total), total - 1) for percent in args.percents}
     flags = common.only_flags(args, common.add_flags, add_student_flags, kd_weight=kd, ce_weight=1 - kd)
     if what == "smooth":
         train_smooth(run, flags, seed, data, teacher, smoothing, set(steps.values()))
     else:
         tables = run.parent / "teacher-logits"
-        source = engine.teacher_source(args, data, args.epochs, args.epochs, tables) if kd else None
+        epochs = args.stop_epoch or args.epochs
+        source = engine.teacher_source(args, data, epochs, epochs, tables) if kd else None
         teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
         train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))

@@ -134,7 +134,7 @@ def print_next(args, folders, teachers):
     if args.teacher_logits or args.teacher_arch:
         for run in [shlex.quote(str(run)) for run in folders.values()]:
             files = f"--teacher-logits {run}/teacher.npz:train_logits --student-logits {run}/logits.npz:train_logits"
-            print(f"next: python analyze_deviation.py {files} --labels {run}/logits.npz:train_labels")
+            print(f"next: python analyze_deviation.py {files} --labels {run}/logits.npz:train_labels --split train")
         return
     runs.print_next(args, "train_student.py", "--kd-weight", "0", "--ce-weight", "1")
     controls = [f"runs/{runs.default_name(args)}-onehot-s{seed}" for seed in folders]
@@ -159,8 +159,8 @@ def main(argv=None):
     pattern = args.teacher or args.teacher_logits
     names = {seed: pattern.replace("{seed}", str(seed)) for seed in seeds} if args.kd_weight else {}
     different = sorted(set(names.values()))
-    per_epoch, total = common.total_steps(args, data)
-    students = total / per_epoch * len(seeds) / max(1, len(different))  # epochs of the students of one teacher
+    # Epochs of the students of one teacher.
+    students = (args.stop_epoch or args.epochs) * len(seeds) / max(1, len(different))
     tables = runs.run_folder(args, 0, "").parent / "teacher-logits"
     source = engine.teacher_source(args, data, students, students, tables)
     teachers = {name: open_teacher(name, args, data, source=source, folder=tables) for name in different}

@@ -164,8 +164,9 @@ def main(argv=None):
     data = common.data_from(args)
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
-    per_epoch, total = common.total_steps(args, data)
-    epochs, tables = total / per_epoch, Path(base).parent / "teacher-logits"  # each teacher serves one student
+    results.mkdir(parents=True, exist_ok=True)
+    _, total = common.total_steps(args, data)
+    epochs, tables = args.stop_epoch or args.epochs, Path(base).parent / "teacher-logits"  # a student of each teacher
     source = engine.teacher_source(args, data, epochs, epochs, tables)
     shares = {share: max(1, round(share * total)) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
@@ -175,11 +176,10 @@ def main(argv=None):
     runs.discard_runs(args, students + shared)
     engine.run_jobs(args)
     points = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
-    if seeds != args.seeds:
+    if args.shard != (0, 1):
         print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
         return
 
-    results.mkdir(parents=True, exist_ok=True)
     rows = []
     for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
         rows.append(dict(share=share, **measure([of_seed[k] for of_seed in points], args.bootstrap)))

@@ -272,6 +272,7 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     np.savez("relabelled/logits.npz", **dict(arrays, test_labels=(arrays["test_labels"] + 1) % 10))
     cases = [
         (["--student", teacher], "different runs"),
+        (["--student", student, student], "is named twice"),
         (["--student", student, "--control", "unfinished/../" + os.path.relpath(student)], "different runs"),
         (["--student", "absent"], "absent is not a run folder"),
         (["--student", "torn"], "torn/logits.npz cannot be read"),

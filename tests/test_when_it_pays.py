@@ -55,3 +55,10 @@ def test_a_teacher_without_the_state_is_named(finished):
     process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 1, cwd=folder)
     one_line_error(process, "snapshot-2.pt", "--snapshot-at 0.25")
     one_line_error(run_cli("when_it_pays.py", *TINY, "--teacher", "x", cwd=folder), "leave out --teacher")
+
+
+def test_a_shard_draws_nothing_even_with_all_seeds(finished):
+    folder, _ = finished
+    flags = [*TINY, "--seeds", 0, "--stop-at", 1, "--shard", "0/2", "--results", "shard"]
+    assert "this shard is trained" in ok(run_cli("when_it_pays.py", *flags, cwd=folder))
+    assert not list((folder / "shard").iterdir())
