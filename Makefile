@@ -66,7 +66,7 @@ fig-eigenspace: .venv/ready
 # A third of the points, for time: `python denoise_gradients.py` takes all.
 fig-denoise: fig1b
 	$(PY) denoise_gradients.py $(COMMON) --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
-	  --kd "runs/$(NAME)-kd-s{seed}" --out "results/$(NAME)/denoise"
+	  --kd "runs/$(NAME)-kd-s{seed}" --smooth "runs/$(NAME)-smooth-s{seed}" --out "results/$(NAME)/denoise"
 
 # Less than `python glue_distill.py` trains, for time: without the smaller student and the reverse switch.
 TASK ?= sentiment
@@ -90,7 +90,7 @@ paper: .venv/ready
 benchmark: .venv/ready
 	$(PY) benchmark.py
 
-# For an issue, where CUDA is: its tests, speed at batch 512 and 1024, an epoch of distillation, as one JSON.
+# For an issue, where CUDA is: its tests, and speed of ResNet-56 at batch 512 and 1024, as one JSON.
 gpu-check: .venv/ready
 	$(PY) benchmark.py --gpu-check
 

@@ -749,10 +749,10 @@ def glue_claims(rows, data):
 def report(folder, student, named, args):
     """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with claims, into `folder`."""
     onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
-    title = f"{args.task}, {args.teacher} → {student}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+    title, seeds = f"{args.task}, {args.teacher} → {student}", f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
     points = analyze_deviation.points_from_runs(teachers, kd, onehot)
     section = "language" if student == args.student[0] else None  # one headline for a task
-    analyze_deviation.report(points, folder, title, args.bootstrap, section, quiet=args.quiet, full=False)
+    analyze_deviation.report(points, folder, f"{title}, {seeds}", args.bootstrap, section, quiet=args.quiet, full=False)
     each = {}  # {(direction, share of training before the switch): run folders}
     for direction in [mode for mode in args.mode if mode in SWITCHES]:
         before, after = SWITCHES[direction]
@@ -763,15 +763,8 @@ def report(folder, student, named, args):
     by_seed = list(enumerate(args.seeds))
     trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in by_seed}
     folders = {seed: {key: of_seeds[k] for key, of_seeds in each.items()} for k, seed in by_seed}
-    given, folder = dict(zip(args.seeds, teachers, strict=True)), folder / "switch"
-    folder.mkdir(exist_ok=True)
-    rows = switch_distill.switch_table(folders, trunks, given, args.seeds, args.bootstrap, args.quiet)
-    runs.write_json(folder / "switch.json", dict(rows=rows))
-    runs.write_text(folder / "switch.md", switch_distill.table_markdown(rows))
-    over = claims.scope(len(args.seeds), len(set(teachers)))
-    claims.save_claims(folder, switch_distill.switch_claims(rows, section=None), over, full=False)
-    switch_distill.plot_switches(rows, folder, f"{title}\n95% intervals {over}")
-    switch_distill.plot_curves(folders, trunks, args.seeds, folder, title)
+    given = dict(zip(args.seeds, teachers, strict=True))
+    switch_distill.report(folders, trunks, given, args.seeds, folder / "switch", title, args, section=None)
 
 
 # ---------------------------------------------------------------- main
@@ -861,7 +854,7 @@ def main(argv=None):
             report(results / Path(student).name, student, named, args)
     found = glue_claims(save_metrics(results, named, data), data)
     if found:
-        claims.save_claims(results, found)
+        claims.save_claims(results, found, f"Student's t over {len(seeds)} seeds")
 
 
 if __name__ == "__main__":

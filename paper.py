@@ -327,22 +327,17 @@ def seconds_left(run):
     return benchmark.seconds_per_image(*network) * (trained + evaluated / 3)
 
 
+def checkpoint_bytes(run):
+    """Of float32 weights and momentum, for an image run whose network the data's name tells; else 0."""
+    if not sizes_of(run):
+        return 0
+    _, _, side, classes = sizes_of(run)
+    return 8 * parameters_of(run.flags.arch, classes, side, run.flags.width)
+
+
 @functools.cache
-def checkpoint_bytes(arch, classes, side, width):
-    """Of float32 weights and momentum."""
-    return 8 * sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
-
-
-def disk_space(found):
-    """(bytes of checkpoints, of tables of teacher logits) of the image runs among `found`."""
-    checkpoints, tables = 0, {}  # the students of a teacher and seed share a table
-    for run in filter(sizes_of, found):
-        flags, (images, _, side, classes) = run.flags, sizes_of(run)
-        checkpoints += checkpoint_bytes(flags.arch, classes, side, flags.width)
-        if run.teacher:
-            table = flags.epochs * (flags.subset or images) * classes * (2 if flags.precision == "bf16" else 4)
-            tables[flags.data, flags.label_noise, run.teacher, run.seed] = table
-    return checkpoints, sum(tables.values())
+def parameters_of(arch, classes, side, width):
+    return sum(p.numel() for p in common.build_model(arch, classes, (side, side, 3), width).parameters())
 
 
 def in_words(seconds):
@@ -351,7 +346,12 @@ def in_words(seconds):
 
 def dry_run(entries):
     """Print every run once, under the first entry that needs it, with its state and estimated time; then totals."""
-    left, finished, units = {}, 0, Counter()  # seconds of each run folder, and of all that --shard keeps together
+    left, finished, disk, units = (
+        {},
+        0,
+        0,
+        Counter(),
+    )  # seconds of each run folder, and of all that --shard keeps together
     for entry in entries:
         print(entry.name)
         for run in entry.runs:
@@ -360,6 +360,7 @@ def dry_run(entries):
                 print(f"  {str(run.folder):72}  {text:18}  {in_words(seconds)}", flush=True)
                 left[run.folder] = seconds
                 finished += text == "finished"
+                disk += checkpoint_bytes(run)
                 units[entry.name.split("/")[1], run.seed] += seconds or 0.0
         for folder in entry.results:
             print(f"  {str(folder):72}  {'drawn' if is_done(entry) else 'not drawn'}")
@@ -370,8 +371,7 @@ def dry_run(entries):
     for count in (1, 8, 64):
         longest = max(sum(times[i::count]) for i in range(count))
         print(f"{count} device(s), --shard i/{count}: {in_words(longest)}")
-    checkpoints, tables = disk_space({run.folder: run for entry in entries for run in entry.runs}.values())
-    print(f"disk: {checkpoints / 1e9:.1f} GB of checkpoints, {tables / 1e9:.1f} GB of tables of teacher logits")
+    print(f"disk: {disk / 1e9:.1f} GB of last checkpoints of image runs")
 
 
 # ---------------------------------------------------------------- running

@@ -219,9 +219,9 @@ def keep(file, title, trained, tables, texts, pictures, skipped):
     kept = dict(title=title, hardware=sorted({run.hardware for run in trained}), training_seconds=sum(lines.values()))
     kept |= dict(runs=run_tables(trained), claims={}, tables={})
     for table in tables:
-        kept["claims"][f"{table.folder.parent.name}/{table.folder.name}"] = runs.read_json(table.folder / "claims.json")
+        kept["claims"][table.folder.as_posix()] = runs.read_json(table.folder / "claims.json")
     for text in [text for text in texts if text.stem != "claims"]:
-        kept["tables"]["/".join(text.with_suffix("").parts[-3:])] = text.read_text(encoding="utf-8")
+        kept["tables"][text.with_suffix("").as_posix()] = text.read_text(encoding="utf-8")
     runs.write_json(file, kept)
     files = {picture.stem: picture for picture in reversed(pictures)}
     overview = [files[stem] for stem in OVERVIEW if stem in files]

@@ -256,6 +256,22 @@ def plot_curves(folders, trunks, seeds, folder, title):
     claims.save_figure(figure, folder, "fig1b_curves")
 
 
+def report(folders, trunks, teachers, seeds, results, title, args, section="§3.2"):
+    """Measure all switches, see `switch_table`, and write table, claims and figures into the folder `results`.
+
+    args: with bootstrap and quiet; section: see `switch_claims`, without it the claims are not printed.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    over = claims.scope(len(seeds), len(set(teachers.values())))
+    rows = switch_table(folders, trunks, teachers, seeds, args.bootstrap, args.quiet)
+    runs.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
+    runs.write_text(results / "switch.md", f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}")
+    claims.save_claims(results, switch_claims(rows, section), over, full=section is not None)
+    print(f"all measures: {results / 'switch.md'}")
+    plot_switches(rows, results, f"{title}\n95% intervals {over}")
+    plot_curves(folders, trunks, seeds, results, f"{title}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -287,7 +303,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     data = common.data_from(args)
-    per_epoch, total = common.total_steps(args, data)
+    _, total = common.total_steps(args, data)
     steps = {s: round(s * total) for s in sorted(set(args.switch_at))}
     base, results, seeds = args.out or f"runs/{runs.default_name(args)}", Path(args.results), engine.shard_of(args)
     results.mkdir(parents=True, exist_ok=True)
@@ -296,7 +312,8 @@ def main(argv=None):
     pattern = args.teacher or f"{base}-teacher-s{{seed}}"
     teachers = {seed: Path(pattern.replace("{seed}", str(seed))) for seed in seeds}
     given = {run: engine.load_teacher(run, data) for run in sorted(set(teachers.values()))} if args.teacher else {}
-    epochs = total / per_epoch * len(seeds) / max(1, len(set(teachers.values())))  # of the KD trunks of one teacher
+    # Of the KD trunks of one teacher.
+    epochs = (args.stop_epoch or args.epochs) * len(seeds) / max(1, len(set(teachers.values())))
     switched = sum(total - step for step in steps.values() if 0 < step < total) / total
     students = epochs * (1 + switched * ("onehot2kd" in args.direction))
     tables = Path(base).parent / "teacher-logits"
@@ -320,16 +337,7 @@ def main(argv=None):
         return
 
     folders, trunks = ({seed: pair[k] for seed, pair in both.items()} for k in (0, 1))
-    over = claims.scope(len(seeds), len(set(teachers.values())))
-    rows = switch_table(folders, trunks, teachers, seeds, args.bootstrap, args.quiet)
-    runs.write_json(results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
-    runs.write_text(results / "switch.md", f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}")
-    claims.save_claims(results, switch_claims(rows), over)
-    print(f"all measures: {results / 'switch.md'}")
-
-    setting = f"{args.data}, {args.arch}"
-    plot_switches(rows, results, f"{setting}\n95% intervals {over}")
-    plot_curves(folders, trunks, seeds, results, f"{setting}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+    report(folders, trunks, teachers, seeds, results, f"{args.data}, {args.arch}", args)
 
 
 if __name__ == "__main__":

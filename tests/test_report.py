@@ -336,6 +336,7 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
     spoken = claims.headline(claim(f"train: {SLOPE}", 0.7, 0.6, 0.8), "language")
     write_results(tmp_path / "results" / "digits" / "fig1a", [slope, claim("only in the full table")])
     write_results(tmp_path / "results" / "glue" / "tiny", [spoken])
+    write_results(tmp_path / "results" / "more" / "digits" / "fig1a", [claim("of a folder of the same name")])
     (tmp_path / "results" / "digits" / "fig1a" / "statistics.md").write_text("| statistics |\n")
     for seed in (0, 1):
         write_run(tmp_path / "runs" / f"t-s{seed}", seed=seed)
@@ -363,6 +364,7 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
         "1.0 hours",
         "70.00 [",
         "only in the full table",
+        "of a folder of the same name",
         "| statistics |",
         "(results/digits.webp)",
     ):
