@@ -50,7 +50,7 @@ def student_folder(base, share, seed):
 
 
 def train_seed(base, args, seed, data, shares, **kept):
-    """Train teacher, one-hot control and the student of each stopped teacher; returns `points_of` for each share.
+    """Train teacher, one-hot control and the student of each stopped teacher; returns what `points_of` takes of each.
 
     kept: source and folder of the teacher logits, see `engine.TeacherLogits`.
     """
@@ -58,13 +58,13 @@ def train_seed(base, args, seed, data, shares, **kept):
     train_teacher(teacher_run, args, seed, data)
     one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
     train_student(control, one_hot, seed, data)
-    points = []
+    found = []
     for share, step in shares.items():
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
         train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, **kept))
-        points.append(points_of(model, data, student, control))
-    return points
+        found.append((model, data, student, control))
+    return found
 
 
 def points_of(teacher, data, student, control):
@@ -175,14 +175,15 @@ def main(argv=None):
     shared = [Path(f"{base}-{name}-s{seed}") for seed in seeds for name in ("teacher", "onehot")]
     runs.discard_runs(args, students + shared)
     engine.run_jobs(args)
-    points = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
+    trained = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
     if args.shard != (0, 1):
         print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
         return
 
     rows = []
     for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
-        rows.append(dict(share=share, **measure([of_seed[k] for of_seed in points], args.bootstrap)))
+        points = [points_of(*of_seed[k]) for of_seed in trained]
+        rows.append(dict(share=share, **measure(points, args.bootstrap)))
     over = claims.scope(len(seeds), len(seeds))
     runs.write_json(results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))
     runs.write_text(results / "pays.md", pays_markdown(rows))
