@@ -160,7 +160,7 @@ def picture_files(root):
     else:
         with runs.reading(root, "give a folder or a zip of pictures"):
             archive = zipfile.ZipFile(root)
-        files = [info for info in archive.infolist() if not info.is_dir() and not hidden.search(info.filename)]
+            files = [info for info in archive.infolist() if not info.is_dir() and not hidden.search(info.filename)]
         start = os.path.commonprefix([info.filename.partition("/")[0] + "/" for info in files])  # one folder around all
         start = start if start.endswith("/") and start not in ("train/", "val/", "test/") else ""
         known = {info.filename.removeprefix(start): [info.file_size, info.CRC] for info in files}

@@ -470,6 +470,15 @@ def test_a_zip_gives_the_same_as_the_folder(inside, tmp_path):
     assert dict(data.facts, name=0) == dict(unpacked.facts, name=0)
 
 
+def test_an_entry_of_a_zip_without_a_name_is_one_line(tmp_path):
+    nameless = zipfile.ZipInfo("x")
+    nameless.filename = ""  # as in a damaged directory
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr(nameless, b"")
+    with pytest.raises(runs.InputError, match=r"p\.zip cannot be read"):
+        common.load_data(f"folder:{tmp_path / 'p.zip'}")
+
+
 def test_a_zip_that_a_mac_made_is_read(tmp_path):
     root = write_pictures(tmp_path / "images")
     write_picture(tmp_path / "zip" / "__MACOSX" / "images" / "train" / "cat" / "._0.png")
