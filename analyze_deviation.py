@@ -169,9 +169,10 @@ def check_logits(logits, name, like=None):
         raise InputError(
             f"{name} has NaN or infinite values (first in row {row}): give finite logits, clipped if need be"
         )
-    if logits.min() >= 0 and np.allclose(logits.sum(1), 1, atol=1e-3):
-        fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None))"
-        raise InputError(f"{name} has probabilities, rows that sum to 1: {fix}")
+    sums = logits.sum(1)
+    if logits.min() >= 0 and min(np.abs(sums - whole).max() / whole for whole in (1, 100)) < 1e-3:
+        fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
+        raise InputError(f"{name} has probabilities, rows that sum to {sums[0]:.0f}: {fix}")
     if np.abs(logits).max() > 1e6:
         raise InputError(
             f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved"
@@ -237,6 +238,17 @@ def points_from_files(args):
     return {args.split: [dict(teacher=teacher, labels=labels, networks=networks)]}
 
 
+def check_roles(folders, facts):
+    """InputError when a run folder of {role: folder} was not trained for its role; facts: those of each config.json."""
+    file = Path(folders["teacher"]) / ("logits.npz" if "tokens_sha256" in facts["teacher"] else "checkpoint.pt")
+    taught = facts["student"].get("teacher_sha256")
+    if taught and taught != engine.teacher_hash(file):
+        fix = "name teachers and students of the same seeds in the same order"
+        raise InputError(f"{folders['student']} was not distilled from {folders['teacher']}: {fix}")
+    if facts.get("control", {}).get("teacher_sha256"):
+        raise InputError(f"{folders['control']} was distilled: the control is a one-hot network")
+
+
 def points_from_runs(teachers, students, controls=()):
     """{split: [one dict per seed, see `replicates`]} from run folders, train and test; one teacher may serve all."""
     teachers, controls = (list(given) * (len(students) if len(given) == 1 else 1) for given in (teachers, controls))
@@ -246,8 +258,7 @@ def points_from_runs(teachers, students, controls=()):
     points = {"train": [], "test": []}
     for k, student in enumerate(students):
         folders = dict(teacher=teachers[k], student=student, **(dict(control=controls[k]) if controls else {}))
-        for run in folders.values():
-            runs.finished_config(run)
+        check_roles(folders, {name: runs.finished_config(run)["facts"] for name, run in folders.items()})
         files = {name: Path(run) / "logits.npz" for name, run in folders.items()}
         arrays = {name: runs.read_npz(file, engine.LOGITS) for name, file in files.items()}
         for split, seeds in points.items():
@@ -287,7 +298,7 @@ def deviation_claims(tables, section="§3.1"):
         if section and split == "train":
             slope = claims.headline(slope, section, control.get("slope"))
         if section == "§3.1" and split == "train":
-            below = claims.headline(below, section, control.get("low_below"), percent=True)
+            below = claims.headline(below, section, control.get("low_below"), "%")
         of_label = "X and Y of the label instead of the predicted class"
         label_slope = table["label"]["student"]["slope"]
         rows += [slope, below, claim_of(f"{steep} for the label's class", "> 1", label_slope, 1, of_label)]

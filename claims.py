@@ -162,16 +162,16 @@ def joint_claim(text, verdicts):
     return dict(row, verdict=joint, shown=f"{held} of {len(verdicts)}")
 
 
-def headline(row, section, control=None, percent=False):
+def headline(row, section, control=None, unit=""):
     """`row` of `claim`, marked as one of the few that the paper is known for: they end `make reproduce`.
 
     section: one of SECTIONS; control: the same statistic of the control as dict(value, low, high), or None where the
-    row itself is a difference from it; percent: whether measured and control are shares, to be read in percent.
+    row itself is a difference from it; unit: "%" for a share, "points" for a difference of shares, times 100 both.
     """
-    scale, digits = (100, 1) if percent else (1, 2)
+    scale, digits = (100, 1) if unit else (1, 2)
     measured = dict(value=row["measured"], low=row["low"], high=row["high"])
-    shown = row.get("shown") or cell(measured, scale, digits) + " %" * percent
-    against = cell(control, scale, digits) + " %" * percent if control else ""
+    shown = row.get("shown") or f"{cell(measured, scale, digits)} {unit}".strip()
+    against = f"{cell(control, scale, digits)} {unit}".strip() if control else ""
     return dict(row, section=section, shown=shown, control=against)
 
 

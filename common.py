@@ -169,7 +169,8 @@ def picture_files(root):
         with runs.reading(root / name, "replace or remove it"):
             return (root / name).read_bytes() if root.is_dir() else archive.read(start + name)
 
-    return dict(sorted(known.items())), read  # in the same order for a folder and for a zip of it
+    # In the order of torchvision's ImageFolder, for a folder and for a zip of it.
+    return dict(sorted(known.items(), key=lambda item: item[0].split("/"))), read
 
 
 def split_pictures(root, names, read):
@@ -695,7 +696,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
     add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
-    add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule (early stopping)")
+    add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule; a later or no stop goes on")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
     add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="on all parameters")
     kept = "shares of training at which to keep the state, for the scripts that go on from there"

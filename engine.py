@@ -371,6 +371,13 @@ def weights_hash(state):
     return digest.hexdigest()
 
 
+def teacher_hash(file):
+    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
+    if file.suffix == ".npz":
+        return hashlib.sha256(runs.read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
+    return weights_hash(runs.load_checkpoint(file)["model"])
+
+
 def teacher_source(args, data, students, streams, folder):
     """Choose where teacher logits come from (see `TeacherLogits`).
 

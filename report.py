@@ -10,7 +10,6 @@ layout is report.html.jinja. A damaged file or an unfinished run is left out, an
 """
 
 import base64
-import hashlib
 import io
 import itertools
 import json
@@ -114,13 +113,6 @@ def kind_of(config, last_step):
     return kind, f"{kind}, T = {flags['temperature']:g}"
 
 
-def teacher_hash(file):
-    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
-    if file.suffix == ".npz":
-        return hashlib.sha256(runs.read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
-    return engine.weights_hash(runs.load_checkpoint(file)["model"])
-
-
 def find_teachers(trained, skipped):
     """Set `teacher` of each student: the network of the run in `trained` that it was distilled from, in words."""
     known, wanted = {"": ""}, {run.teacher_sha256 for run in trained}
@@ -130,7 +122,7 @@ def find_teachers(trained, skipped):
         # The checkpoint, then snapshots on the way.
         for file in sorted(run.path.glob("logits.npz" if "tokens_sha256" in run.facts else "*.pt")):
             stopped = run.stopped or file.stem.startswith("snapshot")
-            for found in read_all(teacher_hash, [file], skipped):
+            for found in read_all(engine.teacher_hash, [file], skipped):
                 known.setdefault(found, f"{run.network} stopped on the way" if stopped else run.network)
     for run in trained:
         run.teacher = known.get(run.teacher_sha256, "teacher not among these runs")
@@ -306,6 +298,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.docs:
         return write_docs(args.docs)
+    if args.keep and args.keep.suffix != ".json":
+        raise runs.InputError(f"--keep {args.keep} must end in .json: it would be overwritten")
     for folder in (*args.runs, *args.results):
         if not folder.is_dir() and folder not in (Path("runs"), Path("results")):
             raise runs.InputError(f"{folder} is not a folder: check --runs and --results")

@@ -183,7 +183,8 @@ def switch_claims(rows, section="§3.2"):
         elif row["s"] == 0.5:
             found.append(claim_of(text, "gain above 0", gain, np.nan, row["reason"]))
     if section:  # where no share is recovered, the gain stands in its place
-        found = [claims.headline(row, section, percent=row["note"] != "recovered share") for row in found]
+        units = ["" if row["note"] == "recovered share" else "points" for row in found]
+        found = [claims.headline(row, section, unit=unit) for row, unit in zip(found, units, strict=True)]
     switched = [row for row in rows if row["direction"] == "onehot2kd" and 0 < row["s"] < 1]
     if switched:
         late = max(switched, key=lambda row: row["s"])

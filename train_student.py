@@ -89,6 +89,8 @@ def check_flags(args):
     if args.kd_weight and bool(args.teacher) == bool(args.teacher_logits):
         one_hot = "--kd-weight 0 --ce-weight 1 for a one-hot student"
         raise runs.InputError(f"give one of --teacher (a run folder, or weights) and --teacher-logits, or {one_hot}")
+    if args.teacher_logits and args.teacher_arch:
+        raise runs.InputError("--teacher-arch is of a file of weights, not of --teacher-logits: leave one out")
     for name in ("mean", "std", "size"):
         if getattr(args, f"teacher_{name}") and not args.teacher_arch:
             raise runs.InputError(f"--teacher-{name} is of a file of weights: give its --teacher-arch too")
@@ -121,7 +123,8 @@ def open_teacher(name, args, data, **more):
         advice = "check --teacher-arch, --teacher-mean, --teacher-std, --teacher-size and the order of its classes"
         accuracy = engine.check_above_chance(name, logits["test_logits"], data.y_test, advice)
         facts |= dict(teacher_size=model.size, teacher_test_acc=accuracy)
-        print(f"{name}: {100 * accuracy:.2f}% test accuracy here")
+        side = model.size or data.facts["image"][0]
+        print(f"{name}: {100 * accuracy:.2f}% test accuracy here, on images of {side}×{side}")
         teacher = engine.TeacherLogits(model, data, args.precision, **more)
     fit = engine.check_above_chance(name, logits["train_logits"], data.y_train, advice)
     print(f"{name}: {claims.fit_note(fit)}")

@@ -103,7 +103,7 @@ def pays_claims(rows):
         note = "last teacher minus first, over seeds"
         value = claims.mean_interval(seeds[1] - seeds[0])
         row = claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note)
-        found.append(claims.headline(row, "title", percent=True) if name == "lead" else row)
+        found.append(claims.headline(row, "title", unit="points") if name == "lead" else row)
     for name, text in (("lead", "its own teacher"), ("gain", "the one-hot control")):
         fit = f"teacher fits {100 * last['fit']['value']:.1f}% of its labels"
         text = f"the last teacher's student beats {text}"
@@ -168,7 +168,7 @@ def main(argv=None):
     _, total = common.total_steps(args, data)
     epochs, tables = args.stop_epoch or args.epochs, Path(base).parent / "teacher-logits"  # a student of each teacher
     source = engine.teacher_source(args, data, epochs, epochs, tables)
-    shares = {share: max(1, round(share * total)) for share in sorted(set(args.stop_at))}
+    shares = {share: round(share * total) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     seeds = engine.shard_of(args)
     students = [student_folder(base, share, seed) for seed in seeds for share in shares]

@@ -273,6 +273,8 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     cases = [
         (["--student", teacher], "different runs"),
         (["--student", student, student], "is named twice"),
+        (["--student", tiny_runs / "runs" / "kd-s1"], "was not distilled from"),
+        (["--student", other, "--control", student], "was distilled: the control is"),
         (["--student", student, "--control", "unfinished/../" + os.path.relpath(student)], "different runs"),
         (["--student", "absent"], "absent is not a run folder"),
         (["--student", "torn"], "torn/logits.npz cannot be read"),

@@ -92,7 +92,7 @@ def test_headlines_of_all_tables_are_shown_in_the_papers_order(tmp_path, capsys)
     for name, section in (("denoise", "§5"), ("fig1a", "§3.1")):
         (tmp_path / name).mkdir()
         row, other = rows_of(f"headline of {name}", f"another of {name}")
-        row = claims.headline(row, section, control, percent=name == "fig1a")
+        row = claims.headline(row, section, control, "%" * (name == "fig1a"))
         claims.save_claims(tmp_path / name, [other, row], "one seed")
     assert runs.read_json(tmp_path / "fig1a" / "claims.json")[0]["note"] == "a; one seed"
     capsys.readouterr()

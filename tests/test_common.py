@@ -46,6 +46,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import datasets
 
 import analyze_deviation
 import benchmark
@@ -460,7 +461,7 @@ def test_pictures_are_turned_as_their_tag_says(tmp_path):
 
 @pytest.mark.parametrize("inside", ["", "images", "other name"])
 def test_a_zip_gives_the_same_as_the_folder(inside, tmp_path):
-    # "cat-2" comes before "cat" among strings that hold the slash, and after it among names.
+    # "cat-2" comes before "cat" among strings that hold the slash, and after it among names, as in ImageFolder.
     root = write_pictures(tmp_path / "images", ("cat", "cat-2", "dog"))
     (tmp_path / "zip").mkdir()
     archive = zipped(root, tmp_path / "zip" / "images.zip", inside, reverse=True)
@@ -468,6 +469,8 @@ def test_a_zip_gives_the_same_as_the_folder(inside, tmp_path):
     for name in ("x_train", "y_train", "index", "x_test", "y_test", "mean", "std"):
         assert torch.equal(getattr(data, name), getattr(unpacked, name)), name
     assert dict(data.facts, name=0) == dict(unpacked.facts, name=0)
+    whole = common.load_data(f"folder:{root}")
+    assert whole.y_train.tolist() == datasets.ImageFolder(root / "train").targets
 
 
 def test_an_entry_of_a_zip_without_a_name_is_one_line(tmp_path):

@@ -112,7 +112,7 @@ def test_headlines_come_first_then_figures_claims_and_runs(tmp_path):
         claim("several", 2, 2, 2, verdict="mixed"),
     ]
     late = claims.headline(claim("late"), "language", dict(value=0.5, low=0.4, high=0.6))
-    early = claims.headline(claim("early", 0.5, 0.4, 0.6), "§3.2", percent=True)
+    early = claims.headline(claim("early", 0.5, 0.4, 0.6), "§3.2", unit="points")
     results = tmp_path / "results"
     write_results(results / "a_copy", [*rows, late], figure="fig1b", command="python switch_distill.py")
     write_results(results / "set" / "pays", figure="pays", command="python when_it_pays.py")
@@ -126,7 +126,7 @@ def test_headlines_come_first_then_figures_claims_and_runs(tmp_path):
 
     # The first table; each row has a thumbnail that leads to its folder's figure.
     assert page.rows[1][0] == f"§3.2 early ({results / 'set' / 'a'})" and page.rows[2][0].startswith("language late")
-    assert page.rows[1][1:5] == ["> 1", "50.0 [40.0, 60.0] %", "–", "✗ fails"]
+    assert page.rows[1][1:5] == ["> 1", "50.0 [40.0, 60.0] points", "–", "✗ fails"]
     assert page.rows[2][2:4] == ["0.89 [0.84, 0.94]", "0.50 [0.40, 0.60]"]
     anchors = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
     assert anchors == [f"figure-{k}" for k in (1, 2, 3, 4, 5)]
@@ -325,6 +325,8 @@ def test_a_report_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(runs.InputError, match="nowhere is not a folder"):
         report.main(["--runs", "nowhere"])
+    with pytest.raises(runs.InputError, match="README.md must end in .json"):
+        report.main(["--keep", "README.md"])
     write_results(tmp_path / "elsewhere", [claim("one")])
     report.main(["--results", "elsewhere", "--out", "a/b"])
     assert "a/b/index.html" in capsys.readouterr().out and (tmp_path / "a" / "b" / "index.html").exists()

@@ -269,7 +269,7 @@ def test_switch_claims_follow_the_recovered_share(onehot2kd, kd2onehot, kd, verd
     found = switch_distill.switch_claims(rows)
     assert [row["verdict"] for row in found] == verdicts + ["holds", "holds"]
     marked = claims.headlines(found)
-    assert [row["verdict"] for row in marked] == verdicts and marked[0]["shown"].endswith(" %")
+    assert [row["verdict"] for row in marked] == verdicts and marked[0]["shown"].endswith(" points")
     assert not claims.headlines(switch_distill.switch_claims(rows, section=None))
 
 

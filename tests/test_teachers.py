@@ -168,6 +168,7 @@ def test_logits_of_plain_images_stand_for_every_view(state, trained):
     [
         (lambda logits: logits[::-1].copy(), "is no better than chance here"),
         (lambda logits: np.exp(logits) / np.exp(logits).sum(1, keepdims=True), "has probabilities"),
+        (lambda logits: 100 * np.exp(logits) / np.exp(logits).sum(1, keepdims=True), "rows that sum to 100"),
         (lambda logits: logits[:-1], "is [299, 10]: it must have the 300 training images and 10 classes"),
     ],
 )
