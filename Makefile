@@ -14,12 +14,14 @@ NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
 COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 RUNS = $(foreach seed,$(SEEDS),"runs/$(NAME)-$(1)-s$(seed)")
 
+IMAGES_CPU := cifar100-cpu cifar100-noisy-cpu cifar10-cpu tiny-imagenet-cpu
+
 # Digits gain nothing from more threads, and one thread rounds alike on machines of any size.
 ifeq ($(DATA),digits)
 export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: reproduce test smoke lint soak fig1a fig1a-drawn fig1b fig-pays variants fig-eigenspace fig-denoise fig-glue cifar100-cpu paper benchmark gpu-check report docs clean clean-tables
+.PHONY: reproduce test smoke lint soak fig1a fig1a-drawn fig1b fig-pays variants fig-eigenspace fig-denoise fig-glue $(IMAGES_CPU) cross-cpu sst-2-cpu paper benchmark gpu-check report docs clean clean-tables
 
 # Two targets at a time, one per core. Those that share runs wait for fig1b, which trains them.
 reproduce: .venv/ready
@@ -76,9 +78,12 @@ GLUE_FLAGS ?= --student tiny --mode onehot kd onehot2kd
 fig-glue: .venv/ready
 	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --quiet $(GLUE_FLAGS)
 
-# Figures 1a and 1b of 10,000 CIFAR-100 images on two CPU cores, two seeds side by side, two hours or more.
-cifar100-cpu: .venv/ready
-	env -u OMP_NUM_THREADS $(PY) paper.py --recipe cpu --only image/cifar100/resnet20 --data-dir "$(DATA_DIR)"
+# Figures 1a and 1b of 10,000 real images (or a RoBERTa from scratch) on two CPU cores, hours each: paper.py --recipe cpu.
+$(IMAGES_CPU): ONLY = image/$(@:-cpu=)/resnet20
+cross-cpu: ONLY = image/cifar100/resnet56
+sst-2-cpu: ONLY = language/sst-2/
+$(IMAGES_CPU) cross-cpu sst-2-cpu: .venv/ready
+	env -u OMP_NUM_THREADS $(PY) paper.py --recipe cpu --only $(ONLY) --data-dir "$(DATA_DIR)"
 
 # The paper's whole grid, as it stands at the top of paper.py. `make paper PAPER_FLAGS=--dry-run` says what it would take here.
 # It needs all threads, and so not the setting for digits above.
