@@ -238,8 +238,19 @@ def points_from_files(args):
     return {args.split: [dict(teacher=teacher, labels=labels, networks=networks)]}
 
 
-def check_roles(folders, facts):
-    """InputError when a run folder of {role: folder} was not trained for its role; facts: those of each config.json."""
+def paired(teachers, students, controls=()):
+    """[{role: run folder}] of each seed; one teacher, or one control, may serve all."""
+    teachers, controls = (list(given) * (len(students) if len(given) == 1 else 1) for given in (teachers, controls))
+    if len(teachers) != len(students) or controls and len(controls) != len(students):
+        counts = f"{len(teachers)} teachers, {len(students)} students and {len(controls)} controls"
+        raise InputError(f"{counts} cannot be paired: give the same number of each, or one teacher for all")
+    roles = dict(teacher=teachers, student=students) | (dict(control=controls) if controls else {})
+    return [dict(zip(roles, folders, strict=True)) for folders in zip(*roles.values(), strict=True)]
+
+
+def check_roles(folders):
+    """InputError when a run folder of {role: folder}, which a user named, was not trained for its role."""
+    facts = {role: runs.finished_config(run)["facts"] for role, run in folders.items()}
     file = Path(folders["teacher"]) / ("logits.npz" if "tokens_sha256" in facts["teacher"] else "checkpoint.pt")
     taught = facts["student"].get("teacher_sha256")
     if taught and taught != engine.teacher_hash(file):
@@ -250,15 +261,11 @@ def check_roles(folders, facts):
 
 
 def points_from_runs(teachers, students, controls=()):
-    """{split: [one dict per seed, see `replicates`]} from run folders, train and test; one teacher may serve all."""
-    teachers, controls = (list(given) * (len(students) if len(given) == 1 else 1) for given in (teachers, controls))
-    if len(teachers) != len(students) or controls and len(controls) != len(students):
-        counts = f"{len(teachers)} teachers, {len(students)} students and {len(controls)} controls"
-        raise InputError(f"{counts} cannot be paired: give the same number of each, or one teacher for all")
+    """{split: [one dict per seed, see `replicates`]} from run folders `paired`, train and test."""
     points = {"train": [], "test": []}
-    for k, student in enumerate(students):
-        folders = dict(teacher=teachers[k], student=student, **(dict(control=controls[k]) if controls else {}))
-        check_roles(folders, {name: runs.finished_config(run)["facts"] for name, run in folders.items()})
+    for folders in paired(teachers, students, controls):
+        for run in folders.values():
+            runs.finished_config(run)
         files = {name: Path(run) / "logits.npz" for name, run in folders.items()}
         arrays = {name: runs.read_npz(file, engine.LOGITS) for name, file in files.items()}
         for split, seeds in points.items():
@@ -420,6 +427,8 @@ def main(argv=None):
     folders = [os.path.realpath(run) for run in (*set(args.teacher or ()), *(args.student or ()), *args.control)]
     if len(set(folders)) < len(folders):
         raise InputError("a run folder is named twice: teachers, students and controls are different runs")
+    for seed in paired(*of_runs) if args.teacher else ():
+        check_roles(seed)
     points = points_from_files(args) if args.teacher_logits else points_from_runs(*of_runs)
     first = next(iter(points.values()))
     title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"
