@@ -269,8 +269,7 @@ def student_states(what, args, seed, data, teacher, smoothing):
         train_smooth(run, flags, seed, data, teacher, smoothing, set(steps.values()))
     else:
         tables = run.parent / "teacher-logits"
-        epochs = args.stop_epoch or args.epochs
-        source = engine.teacher_source(args, data, epochs, epochs, tables) if kd else None
+        source = engine.teacher_source(args, data, 1, 1, tables) if kd else None
         teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
         train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))

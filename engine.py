@@ -381,10 +381,12 @@ def teacher_hash(file):
 def teacher_source(args, data, students, streams, folder):
     """Choose where teacher logits come from (see `TeacherLogits`).
 
-    students: epochs of distillation over all students of one teacher that this process trains; streams: those of them
-    that differ in their views. Counted in passes of the teacher over the training set, a table of all views costs
-    n_views. It may take half of the free memory, and tables of epochs half of the free disk.
+    students: how many students of one teacher this process trains, a branch as its share of a run; streams: those of
+    them that differ in their views. Counted in passes of the teacher over the training set, a student costs its epochs
+    and a table of all views n_views. It may take half of the free memory, and tables of epochs half of the free disk.
     """
+    epochs = args.stop_epoch or args.epochs
+    students, streams = students * epochs, streams * epochs
     world = runs.ranks()[1]
     if args.teacher_cache == "on" and world > 1:
         raise InputError("--teacher-cache on: each process of torchrun would fill a whole table; use auto or off")

@@ -313,12 +313,11 @@ def main(argv=None):
     pattern = args.teacher or f"{base}-teacher-s{{seed}}"
     teachers = {seed: Path(pattern.replace("{seed}", str(seed))) for seed in seeds}
     given = {run: engine.load_teacher(run, data) for run in sorted(set(teachers.values()))} if args.teacher else {}
-    # Of the KD trunks of one teacher.
-    epochs = (args.stop_epoch or args.epochs) * len(seeds) / max(1, len(set(teachers.values())))
+    kd_trunks = len(seeds) / max(1, len(set(teachers.values())))  # of one teacher
     switched = sum(total - step for step in steps.values() if 0 < step < total) / total
-    students = epochs * (1 + switched * ("onehot2kd" in args.direction))
+    students = kd_trunks * (1 + switched * ("onehot2kd" in args.direction))
     tables = Path(base).parent / "teacher-logits"
-    source = engine.teacher_source(args, data, students, epochs, tables)
+    source = engine.teacher_source(args, data, students, kd_trunks, tables)
     both = {seed: run_folders(base, args, seed, steps, total) for seed in seeds}
     planned = [run for pair in both.values() for part in pair for run in part.values()]
     planned += [] if args.teacher else teachers.values()

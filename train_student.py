@@ -162,8 +162,7 @@ def main(argv=None):
     pattern = args.teacher or args.teacher_logits
     names = {seed: pattern.replace("{seed}", str(seed)) for seed in seeds} if args.kd_weight else {}
     different = sorted(set(names.values()))
-    # Epochs of the students of one teacher.
-    students = (args.stop_epoch or args.epochs) * len(seeds) / max(1, len(different))
+    students = len(seeds) / max(1, len(different))  # of one teacher
     tables = runs.run_folder(args, 0, "").parent / "teacher-logits"
     source = engine.teacher_source(args, data, students, students, tables)
     teachers = {name: open_teacher(name, args, data, source=source, folder=tables) for name in different}

@@ -50,7 +50,7 @@ def student_folder(base, share, seed):
 
 
 def train_seed(base, args, seed, data, shares, **kept):
-    """Train teacher, one-hot control and the student of each stopped teacher; returns what `points_of` takes of each.
+    """Train teacher, one-hot control and the student of each stopped teacher; returns of each what `points_of` takes.
 
     kept: source and folder of the teacher logits, see `engine.TeacherLogits`.
     """
@@ -63,11 +63,11 @@ def train_seed(base, args, seed, data, shares, **kept):
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
         train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, **kept))
-        found.append((model, data, student, control))
+        found.append((model, student, control))
     return found
 
 
-def points_of(teacher, data, student, control):
+def points_of(data, teacher, student, control):
     """{split: point of `analyze_deviation.replicates`} of a teacher model and the runs of its student and control."""
     folders = dict(student=student, control=control)
     arrays = {name: runs.read_npz(run / "logits.npz", engine.LOGITS) for name, run in folders.items()}
@@ -166,8 +166,8 @@ def main(argv=None):
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     _, total = common.total_steps(args, data)
-    epochs, tables = args.stop_epoch or args.epochs, Path(base).parent / "teacher-logits"  # a student of each teacher
-    source = engine.teacher_source(args, data, epochs, epochs, tables)
+    tables = Path(base).parent / "teacher-logits"
+    source = engine.teacher_source(args, data, 1, 1, tables)  # each teacher has one student
     shares = {share: round(share * total) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     seeds = engine.shard_of(args)
@@ -182,7 +182,7 @@ def main(argv=None):
 
     rows = []
     for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
-        points = [points_of(*of_seed[k]) for of_seed in trained]
+        points = [points_of(data, *of_seed[k]) for of_seed in trained]
         rows.append(dict(share=share, **measure(points, args.bootstrap)))
     over = claims.scope(len(seeds), len(seeds))
     runs.write_json(results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))

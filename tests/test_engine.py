@@ -333,7 +333,7 @@ def test_epoch_tables_are_reused_and_damaged_ones_made_again(data, tmp_path, cap
 
 def test_the_source_of_teacher_logits_is_the_one_with_fewest_passes(data, tmp_path, monkeypatch):
     def choose(cache, students, streams):
-        args = SimpleNamespace(precision="fp32", teacher_cache=cache)
+        args = SimpleNamespace(precision="fp32", teacher_cache=cache, epochs=1, stop_epoch=None)
         return engine.teacher_source(args, data, students, streams, tmp_path / "runs" / "teacher-logits")
 
     assert data.n_views == 162
