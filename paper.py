@@ -347,12 +347,8 @@ def in_words(seconds):
 
 def dry_run(entries):
     """Print every run once, under the first entry that needs it, with its state and estimated time; then totals."""
-    left, finished, disk, units = (
-        {},
-        0,
-        0,
-        Counter(),
-    )  # seconds of each run folder, and of all that --shard keeps together
+    left, units = {}, Counter()  # seconds of each run folder, and of all that --shard keeps together
+    finished, disk = 0, 0
     for entry in entries:
         print(entry.name)
         for run in entry.runs:
