@@ -689,7 +689,7 @@ def one_hot(step):
 def sgd(model, args, graphs=False):
     """Nesterov SGD with the flags of a run; graphs: with the learning rate in a device tensor, for `captured_step`."""
     lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
-    more = dict(weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=args.device == "cuda")
+    more = dict(weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=True)
     return torch.optim.SGD(model.parameters(), lr, args.momentum, **more)
 
 
