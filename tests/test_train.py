@@ -316,7 +316,7 @@ def test_torchrun_gives_the_same_result_as_one_process(tmp_path, monkeypatch):
         assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
         assert [line["train_acc"] for line in lines] == [line["train_acc"] for line in other_lines]
         losses = [line["train_loss"] for line in other_lines]
-        assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+        assert [line["train_loss"] for line in lines] == pytest.approx(losses, rel=1e-4)  # sums in another order
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
