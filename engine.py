@@ -28,7 +28,6 @@ from runs import InputError
 SAVE_SECONDS = 60  # a killed run loses at most that much; one that is interrupted saves first
 # Images of a forward without a step: more leave a CPU's cache, and take up to twice the time.
 FORWARD_BATCH = dict(cpu=128, cuda=1000)
-EVALUATIONS = 20  # a run's test evaluations, unless --eval-every is given
 LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
 
 # ---------------------------------------------------------------- device and processes
@@ -448,10 +447,10 @@ def train(run, args, model, optimizer, steps, batches, take_step, sums, lr_at, w
 
     steps: (in an epoch, in all); batches(epoch) -> list of that many batches; take_step(batch, ce_weight, kd_weight):
     one optimiser step that adds the loss times n, the hits and n to `sums` [3]; lr_at(step); weights_at(step) ->
-    (ce_weight, kd_weight); evaluate(at_end) -> {name: number} for the epoch's line. more, see `_Run`: snapshots, steps
-    before which the state is kept as snapshot-<step>.pt; start_from, a checkpoint to begin with when the folder has
-    none; amount, (unit, how many an epoch). SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends in
-    the same weights, bit for bit.
+    (ce_weight, kd_weight); evaluate(epoch, at_end) -> {name: number} for the epoch's line. more, see `_Run`: snapshots,
+    steps before which the state is kept as snapshot-<step>.pt; start_from, a checkpoint to begin with when the folder
+    has none; amount, (unit, how many an epoch). SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends
+    in the same weights, bit for bit.
     """
     state = _Run(run, args, model, optimizer, steps, sums, **more)
     per_epoch, total = steps
@@ -477,22 +476,13 @@ def train(run, args, model, optimizer, steps, batches, take_step, sums, lr_at, w
                     break
             if state.step % per_epoch == 0:
                 line = state.line(lr=lr, ce_weight=ce_weight, kd_weight=kd_weight)
-                if state.step == total or evaluated(epoch + 1, args.epochs, args.eval_every):
-                    line |= evaluate(state.step == total)
-                state.end_epoch(line, bar)
+                state.end_epoch(line | evaluate(epoch + 1, state.step == total), bar)
                 if stop or state.is_old() or state.step == total:
                     state.save(state.checkpoint)
             if stop:
                 print(f"{run}: saved at step {state.step} of {total}")
                 runs.exit_interrupted()
     state.finish()
-
-
-def evaluated(epoch, epochs, every):
-    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
-    if every:
-        return epoch % every == 0
-    return epoch in (1, epochs) or epoch * EVALUATIONS // epochs > (epoch - 1) * EVALUATIONS // epochs
 
 
 def set_learning_rate(optimizer, lr):
@@ -666,6 +656,22 @@ def momentum_buffers(optimizer):
 # ---------------------------------------------------------------- images
 
 
+def evaluations(epochs, images, test_images):
+    """How often a run evaluates its test images: 20 times, or less where that would take more than 4% of its time.
+
+    An evaluated image takes a third of the time of a trained one. Five times at least, for the curves.
+    """
+    return max(5, min(20, round(0.04 * 3 * epochs * images / test_images)))
+
+
+def evaluated(epoch, args, data):
+    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
+    if args.eval_every:
+        return epoch % args.eval_every == 0
+    times = evaluations(args.epochs, len(data.y_train), len(data.y_test))
+    return epoch in (1, args.epochs) or epoch * times // args.epochs > (epoch - 1) * times // args.epochs
+
+
 def image_loss(network, data, loss_fn, teacher, precision):
     """loss_of(batch, ce_weight, kd_weight) of `optimiser_step` for batches (index [B], view [B]) of `data`."""
 
@@ -735,7 +741,9 @@ def train_images(run, model, data, args, role, seed, loss_fn, weights_at=one_hot
             teacher.ready()  # outside of the graph
         take_step(batch, ce_weight, kd_weight)
 
-    def evaluate(at_end):
+    def evaluate(epoch, at_end):
+        if not at_end and not evaluated(epoch, args, data):
+            return {}
         precision = "fp32" if at_end else args.precision  # what it ends with is quoted, and compared by load_teacher
         logits = logits_of(model, data, data.x_test, precision=precision)
         accuracy = (logits.argmax(1) == data.y_test).double().mean().item()

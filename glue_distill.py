@@ -509,7 +509,7 @@ def learning_rate(step, peak, warmup, total):
 def run_flags(args, model, lr, epochs, **more):
     """The flags that a run depends on, as `runs.start_run` compares them, and those that `engine.train` reads."""
     kept = {name: getattr(args, name) for name in ("batch_size", "warmup", "precision", "device", "overwrite", "quiet")}
-    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, eval_every=1, **kept, **more)
+    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, **kept, **more)
 
 
 def train_texts(run, network, tokens, flags, key, loss_of, weights_at, evaluate, **more):
@@ -581,7 +581,7 @@ def pretrain(run, model, args, seed, data):
     flags = run_flags(args, model, 2 * model.lr, args.mlm_epochs)
     with runs.locked(run):
         runs.start_run(run, flags, "mlm", seed, data, network, **model.facts)
-        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of, engine.one_hot, evaluate=lambda at_end: {})
+        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of, engine.one_hot, evaluate=lambda *when: {})
     return network.state_dict()
 
 
@@ -606,7 +606,7 @@ def train_classifier(run, model, args, role, seed, data, pretrained, mode="oneho
         kd = common.kd_loss(logits, cached[where], args.temperature) if kd_weight else 0.0
         return ce_weight * ce + kd_weight * kd, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
 
-    def evaluate(at_end):
+    def evaluate(epoch, at_end):
         line = {}
         for key in [key for key in data.splits if key != "train"]:
             found = scores(logits_of(network, model.tokens[key]), data.splits[key].labels)

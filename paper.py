@@ -324,7 +324,8 @@ def seconds_left(run):
     batch = min(flags.batch_size, images)
     network = (flags.arch, run.teacher, side, classes, batch, flags.precision, flags.device, flags.width)
     left = min(planned * run.share, planned - done) / planned  # of the run
-    trained, evaluated = left * planned * (images // batch * batch), left * engine.EVALUATIONS * test_images
+    trained = left * planned * (images // batch * batch)
+    evaluated = left * engine.evaluations(flags.epochs, images, test_images) * test_images
     return benchmark.seconds_per_image(*network) * (trained + evaluated / 3)
 
 

@@ -199,14 +199,19 @@ def test_fuzz_a_checkpoint_with_a_foreign_part_is_refused_or_trained_on(tmp_path
     check()
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 7, 20, 21, 50, 450])
-def test_about_twenty_epochs_are_evaluated_the_first_and_the_last_among_them(epochs):
-    chosen = [epoch for epoch in range(1, epochs + 1) if engine.evaluated(epoch, epochs, None)]
-    assert chosen[0] == 1 and chosen[-1] == epochs
-    assert min(epochs, 20) <= len(chosen) <= 21
-    gaps = np.diff(chosen[1:])  # beyond the first, evenly
+@pytest.mark.parametrize("epochs", [1, 2, 7, 20, 21, 50, 100, 450])
+@pytest.mark.parametrize("images", [500, 10_000, 50_000])
+def test_a_share_of_the_epochs_is_evaluated_evenly_the_first_and_the_last_among_them(epochs, images):
+    data = SimpleNamespace(y_train=range(images), y_test=range(10_000))
+    args = SimpleNamespace(epochs=epochs, eval_every=None)
+    chosen = [epoch for epoch in range(1, epochs + 1) if engine.evaluated(epoch, args, data)]
+    assert chosen[0] == 1 and chosen[-1] == epochs and min(epochs, 5) <= len(chosen) <= 21
+    if len(chosen) > 6:  # 5, and the first
+        assert len(chosen) == min(epochs, 21) or (len(chosen) - 1.5) * 10_000 / 3 < 0.04 * epochs * images
+    gaps = np.diff(chosen[1:])  # beyond the first
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
-    assert [epoch for epoch in range(1, 8) if engine.evaluated(epoch, 8, 3)] == [3, 6]
+    args.eval_every = 3
+    assert [epoch for epoch in range(1, 8) if engine.evaluated(epoch, args, data)] == [3, 6]
 
 
 def test_metrics_have_a_test_accuracy_where_it_was_measured(tmp_path, monkeypatch):
