@@ -632,8 +632,7 @@ def main(argv=None):
 
     engine.run_jobs(args)
     found = [measure_seed(args, seed, data) for seed in seeds]
-    if args.shard != (0, 1):
-        print("this shard is measured; when all are, the same command without --shard draws the figure")
+    if engine.only_a_shard(args):
         return
     summary = dict(seeds=args.seeds, gradients=found[0]["gradients"], smoothing=[seed["smoothing"] for seed in found])
     summary["accuracy"] = claims.over_seeds([seed["accuracy"] for seed in found])

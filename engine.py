@@ -84,6 +84,13 @@ def shard_of(args):
     return args.seeds[first::every]
 
 
+def only_a_shard(args):
+    """Whether this command has some of the seeds alone, so that it draws nothing; says how to go on then."""
+    if args.shard != (0, 1) and not args.quiet:
+        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+    return args.shard != (0, 1)
+
+
 def run_jobs(args):
     """With --jobs N, train this shard's seeds in N processes side by side. Afterwards they are finished.
 

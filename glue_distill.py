@@ -844,8 +844,7 @@ def main(argv=None):
     engine.run_jobs(args)
     for seed in seeds:
         train_seed(args, seed, data, models, folders[seed])
-    if args.shard != (0, 1):
-        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+    if engine.only_a_shard(args):
         return
 
     named = {what: [folders[seed][what] for seed in seeds] for what in folders[seeds[0]] if not what.endswith(" mlm")}

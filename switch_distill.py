@@ -332,8 +332,7 @@ def main(argv=None):
             model = given.get(run) or engine.load_teacher(run, data)
             teacher = engine.TeacherLogits(model, data, args.precision, source, tables)
         train_seed(base, args, seed, data, steps, teacher)
-    if args.shard != (0, 1):
-        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+    if engine.only_a_shard(args):
         return
 
     folders, trunks = ({seed: pair[k] for seed, pair in both.items()} for k in (0, 1))

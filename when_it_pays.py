@@ -176,8 +176,7 @@ def main(argv=None):
     runs.discard_runs(args, students + shared)
     engine.run_jobs(args)
     trained = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
-    if args.shard != (0, 1):
-        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
+    if engine.only_a_shard(args):
         return
 
     rows = []
