@@ -56,6 +56,11 @@ def train_seed(base, args, seed, data, shares, **kept):
     """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
     train_teacher(teacher_run, args, seed, data)
+    stopped = {share: step for share, step in shares.items() if share < 1}
+    lost = [f"{share:g}" for share, step in stopped.items() if not (teacher_run / f"snapshot-{step}.pt").exists()]
+    if lost:
+        fix = f"train that run again with --overwrite --snapshot-at {' '.join(lost)}"
+        raise InputError(f"{teacher_run} was trained without keeping its state on the way: {fix}")
     one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
     train_student(control, one_hot, seed, data)
     found = []

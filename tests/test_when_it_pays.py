@@ -52,8 +52,8 @@ def test_measures_are_those_of_the_runs(finished):
 
 def test_a_teacher_without_the_state_is_named(finished):
     folder, _ = finished
-    process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 1, cwd=folder)
-    one_line_error(process, "snapshot-2.pt", "--snapshot-at 0.25")
+    process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 0.75, 1, cwd=folder)
+    one_line_error(process, "--snapshot-at 0.25 0.75")
     one_line_error(run_cli("when_it_pays.py", *TINY, "--teacher", "x", cwd=folder), "leave out --teacher")
 
 
