@@ -12,6 +12,11 @@ SEEDS ?= 0 1 2 3 4
 FLAGS ?=
 NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
 COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
+# Moments at which all runs keep their state, for the figures that go on from there: where the loss is switched, where a
+# teacher is stopped (one of the four of when_it_pays.py, for time), and for the gradients.
+SWITCH_AT ?= 0 0.5 0.9 1
+STOP_AT := 0.1
+KEPT = --snapshot-at 0.05 0.25 0.5 $(STOP_AT) $(filter-out 0 1,$(SWITCH_AT))
 RUNS = $(foreach seed,$(SEEDS),"runs/$(NAME)-$(1)-s$(seed)")
 
 IMAGES_CPU := cifar100-cpu cifar100-noisy-cpu cifar10-cpu tiny-imagenet-cpu
@@ -37,21 +42,18 @@ $(PY) analyze_deviation.py --teacher $(call RUNS,teacher) --student $(call RUNS,
 endef
 
 fig1a: .venv/ready
-	$(PY) train_teacher.py $(COMMON) --quiet --out "runs/$(NAME)-teacher-s{seed}"
-	$(PY) train_student.py $(COMMON) --quiet --teacher "runs/$(NAME)-teacher-s{seed}" --out "runs/$(NAME)-kd-s{seed}"
-	$(PY) train_student.py $(COMMON) --quiet --kd-weight 0 --ce-weight 1 --out "runs/$(NAME)-onehot-s{seed}"
+	$(PY) train_teacher.py $(COMMON) --quiet $(KEPT) --out "runs/$(NAME)-teacher-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet $(KEPT) --teacher "runs/$(NAME)-teacher-s{seed}" --out "runs/$(NAME)-kd-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet $(KEPT) --kd-weight 0 --ce-weight 1 --out "runs/$(NAME)-onehot-s{seed}"
 	$(DRAW_FIG1A)
 
 # Its runs are those of fig1b too.
 fig1a-drawn: fig1b
 	$(DRAW_FIG1A)
 
-# Before the others in `reproduce`: its runs are theirs too, and it keeps the states on the way that they need.
-# Fewer moments than `python switch_distill.py` takes, and one stopped teacher of the four of when_it_pays.py, for time.
-STOP_AT := 0.1
-SWITCH_AT ?= 0 0.5 0.9 1
+# Before the others in `reproduce`: its runs are theirs too. Fewer moments than `python switch_distill.py` takes, for time.
 fig1b: .venv/ready
-	$(PY) switch_distill.py $(COMMON) --quiet --switch-at $(SWITCH_AT) --snapshot-at 0.05 0.25 $(STOP_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+	$(PY) switch_distill.py $(COMMON) --quiet $(KEPT) --switch-at $(SWITCH_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
 
 # When does it pay to disobey? Students of teachers that are stopped on the way.
 fig-pays: fig1b

@@ -169,10 +169,10 @@ def check_logits(logits, name, like=None):
         raise InputError(
             f"{name} has NaN or infinite values (first in row {row}): give finite logits, clipped if need be"
         )
-    sums = logits.sum(1)
-    if logits.min() >= 0 and min(np.abs(sums - whole).max() / whole for whole in (1, 100)) < 1e-3:
+    sums, rounding = logits.sum(1), 0.005 * logits.shape[1]  # to two decimals
+    if logits.min() >= 0 and any(np.abs(sums - whole).max() < 1e-3 * whole + rounding for whole in (1, 100)):
         fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
-        raise InputError(f"{name} has probabilities, rows that sum to {sums[0]:.0f}: {fix}")
+        raise InputError(f"{name} has probabilities, rows that sum to {sums.mean():.0f}: {fix}")
     if np.abs(logits).max() > 1e6:
         raise InputError(
             f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved"
@@ -248,16 +248,27 @@ def paired(teachers, students, controls=()):
     return [dict(zip(roles, folders, strict=True)) for folders in zip(*roles.values(), strict=True)]
 
 
-def check_roles(folders):
-    """InputError when a run folder of {role: folder}, which a user named, was not trained for its role."""
-    facts = {role: runs.finished_config(run)["facts"] for role, run in folders.items()}
-    file = Path(folders["teacher"]) / ("logits.npz" if "tokens_sha256" in facts["teacher"] else "checkpoint.pt")
-    taught = facts["student"].get("teacher_sha256")
-    if taught and taught != engine.teacher_hash(file):
+def check_roles(folders, same_seeds):
+    """InputError when a run folder of {role: folder}, which a user named, was not trained for its role.
+
+    same_seeds: whether student and control must be of the same seed.
+    """
+    configs = {role: runs.finished_config(run) for role, run in folders.items()}
+    is_text = "tokens_sha256" in configs["teacher"]["facts"]
+    teacher = engine.teacher_hash(Path(folders["teacher"]) / ("logits.npz" if is_text else "checkpoint.pt"))
+    student, control = configs["student"], configs.get("control")
+    if student["facts"].get("teacher_sha256") != teacher:
         fix = "name teachers and students of the same seeds in the same order"
         raise InputError(f"{folders['student']} was not distilled from {folders['teacher']}: {fix}")
-    if facts.get("control", {}).get("teacher_sha256"):
+    if not control:
+        return
+    if control["facts"].get("teacher_sha256"):
         raise InputError(f"{folders['control']} was distilled: the control is a one-hot network")
+    differing = [key for key in ("arch", "width", "epochs") if student["flags"].get(key) != control["flags"].get(key)]
+    differing += ["seed"] if same_seeds and student.get("seed") != control.get("seed") else []
+    if differing:
+        fix = "the control is the student's network and recipe, of the same seed"
+        raise InputError(f"{folders['control']} and {folders['student']} differ in {', '.join(differing)}: {fix}")
 
 
 def points_from_runs(teachers, students, controls=()):
@@ -428,7 +439,7 @@ def main(argv=None):
     if len(set(folders)) < len(folders):
         raise InputError("a run folder is named twice: teachers, students and controls are different runs")
     for seed in paired(*of_runs) if args.teacher else ():
-        check_roles(seed)
+        check_roles(seed, same_seeds=len(args.control) > 1)
     points = points_from_files(args) if args.teacher_logits else points_from_runs(*of_runs)
     first = next(iter(points.values()))
     title = args.title or f"Student–teacher deviations, {len(first)} seed{'s' if len(first) > 1 else ''}"

@@ -434,6 +434,12 @@ def balanced_subset(labels, count, data_seed):
     return np.sort(shuffle[np.argsort(rank[shuffle], kind="stable")[:count]])
 
 
+def some_test_images(data, count):
+    """(uint8 images, labels) of `count` test images, or all, drawn evenly over classes: files may be sorted by them."""
+    chosen = torch.as_tensor(balanced_subset(data.y_test.cpu().numpy(), count, data.facts["data_seed"]))
+    return data.x_test[chosen.to(data.x_test.device)], data.y_test[chosen.to(data.device)]
+
+
 def free_memory(device):
     """Bytes of memory that are free on a device; on a CPU what the system counts as available."""
     if device.type == "cuda":
@@ -741,14 +747,14 @@ def fill_recipe(args):
     """Fill in what the flags left to the recipe, and refuse what does not fit together; returns args."""
     row = dataset_of(args.data)
     preset = RECIPES[row.paper_recipe if args.recipe == "paper" else args.recipe]
-    scale = (args.epochs or preset["epochs"]) / preset["epochs"]
+    scale, given = (args.epochs or preset["epochs"]) / preset["epochs"], args.milestones
     scaled = dict(preset, warmup=preset["warmup"] * scale, milestones=[m * scale for m in preset["milestones"]])
     for flag, value in scaled.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.schedule == "step" and not args.milestones:
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
-    if args.schedule != "step" and args.milestones and not preset["milestones"]:
+    if args.schedule != "step" and given:
         raise InputError("--milestones belong to --schedule step: give both, or neither")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")

@@ -102,16 +102,6 @@ def mean_gradient(model, images, targets, temperature, chunk=1000):
     return total / len(images)
 
 
-@torch.no_grad()
-def moved_loss(model, move, images, labels, chunk=1000):
-    """Mean cross-entropy on images, labels with the parameters moved by the vector `move` [P]."""
-    parts = move.split([value.numel() for value in model.parameters()])
-    pairs = zip(model.named_parameters(), parts, strict=True)
-    moved = {name: value + part.view_as(value) for (name, value), part in pairs}
-    logits = torch.cat([functional_call(model, moved, (some,)) for some in images.split(chunk)])
-    return F.cross_entropy(logits, labels).item()
-
-
 def stream(model, images, targets, temperature, weights, chunk=64):
     """What the statistics need of all per-example gradients, a chunk at a time, so that [N, P] is never held.
 
@@ -176,19 +166,17 @@ def noise_scale(mean_square, square_of_mean, n):
     return trace, signal, trace / max(signal, trace / (UNRESOLVED * n)) if trace > 0 else 0.0
 
 
-def measure(model, points, losses, real_steps=True):
+def measure(model, points, losses):
     """Statistics of each loss at the model's parameters: {loss: {statistic: float}}, with "deviation" an array [N].
 
     losses: {name: (targets [N, C], temperature)}. The model is in eval mode.
     noise_scale: see there; "deviation" and "noise <group>" are the parts of points and groups, whose mean it is
     cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on held-out images; mean over the
         batches of each size and group
-    first_order, decrease: of the held-out loss by a step along a mini-batch gradient scaled to unit length, as a share
-        of what steepest descent gains: in the limit of short steps, and, with real_steps, truly taken, with the length
-        that is best for steepest descent. One as long as in training overshoots in eval mode whatever its direction.
+    first_order: decrease of the held-out loss by a short step along a mini-batch gradient scaled to unit length, as a
+        share of what steepest descent gains: the cosine for batches of the training's size
     """
-    uphill = mean_gradient(model, *points.held_out, 1.0)
-    found, falls_along = {}, held_out_falls(model, points, uphill) if real_steps else None
+    uphill, found = mean_gradient(model, *points.held_out, 1.0), {}
     for name, (targets, temperature) in losses.items():
         mean, squares, inner, batches = stream(model, points.images, targets, temperature, points.weights)
         square_of_mean = float(mean @ mean)
@@ -203,36 +191,9 @@ def measure(model, points, losses, real_steps=True):
         cosines = batches @ uphill / norms / max(float(uphill.norm()), 1e-30)
         for key in (*BATCH_SIZES, *points.groups):
             one[f"cos_held_out {key}"] = float(cosines[points.rows[key]].mean())
-        step = points.rows[points.step_size]
-        one["first_order"] = float(cosines[step].mean())
-        if real_steps:
-            one |= falls_along(batches[step] / norms[step][:, None])
+        one["first_order"] = float(cosines[points.rows[points.step_size]].mean())
         found[name] = one
     return found
-
-
-def held_out_falls(model, points, uphill):
-    """A function of unit directions [B, P] that gives the statistics of real steps against them, see `measure`.
-
-    uphill [P]: gradient of the held-out loss.
-    """
-    images, labels = points.held_out[0], points.held_out[1].argmax(1)
-    start = moved_loss(model, torch.zeros_like(uphill), images, labels)
-
-    def fall(move):
-        return start - moved_loss(model, move, images, labels)
-
-    # Steepest descent gains most at one of these lengths; a straight line would bring the loss to zero at the first.
-    slope = max(float(uphill.norm()), 1e-30)
-    downhill, lengths = -uphill / slope, [start / slope / 2**k for k in range(10)]
-    falls = [fall(length * downhill) for length in lengths]
-    length, best = lengths[int(np.argmax(falls))], max(*falls, 1e-30)  # without any gradient no step gains
-
-    def along(directions):
-        shares = np.array([fall(-length * direction) for direction in directions]) / best
-        return dict(step_length=length, best_decrease=best, decrease=float(shares.mean()))
-
-    return along
 
 
 # ---------------------------------------------------------------- runs
@@ -345,7 +306,7 @@ def measurements(args, seed, data, states, logits, smoothing):
                 table[what]["0"] = table["onehot"]["0"]
                 continue
             model.load_state_dict(state)
-            table[what][f"{percent:g}"] = measure(model.eval(), points, here, real_steps=what != "smooth")
+            table[what][f"{percent:g}"] = measure(model.eval(), points, here)
     bar.close()
     reductions = point_reductions(table)
     for by_percent in table.values():
@@ -368,10 +329,12 @@ def points_of(args, seed, data, chosen, x):
     flipped = (data.y_train != data.y_clean)[chosen].cpu().numpy()
     if flipped.any():
         groups |= {"clean labels": ~flipped, "flipped labels": flipped}
-    step_size, test = min(args.batch_size, len(data.y_train)), slice(0, args.held_out or None)
+    groups = {name: member for name, member in groups.items() if member.any()}
+    step_size = min(args.batch_size, len(data.y_train))
     weights, rows = batch_weights(groups, step_size, args.batches, common.generator("denoise", seed))
     weights = weights.to(data.device)
-    held_out = data.normalise(data.x_test[test]).contiguous(), F.one_hot(data.y_test[test], data.classes).float()
+    test_images, test_labels = common.some_test_images(data, args.held_out or len(data.y_test))
+    held_out = data.normalise(test_images).contiguous(), F.one_hot(test_labels, data.classes).float()
     images = data.normalise(data.x_train[chosen]).contiguous()
     return Points(images, held_out, groups, weights, rows, step_size)
 
@@ -394,7 +357,7 @@ def compare(seed, other):
 
     One alone misleads: far from its own minimum a loss has a large mean gradient, hence a low noise scale whatever its
     targets. So they are (i) at shared parameters, mean over the onehot and the kd run; (ii) every loss along its own
-    run at the same share of steps; (iii) the decrease at the shared parameters, for short and for real steps.
+    run at the same share of steps; (iii) the decrease at the shared parameters.
     """
     table, shared = seed["table"], shared_checkpoints(seed["table"])
     own = [log_ratio(table[other][p][other], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
@@ -402,7 +365,6 @@ def compare(seed, other):
         "i": np.mean([log_ratio(at[other], at["kd"]) for at in shared]),
         "ii": np.mean(own),
         "iii": np.mean([at["kd"]["first_order"] - at[other]["first_order"] for at in shared]),
-        "iii, real steps": np.mean([at["kd"]["decrease"] - at[other]["decrease"] for at in shared]),
     }
 
 
@@ -450,12 +412,11 @@ def denoise_claims(seeds):
     where = {
         "i": "shared parameters",
         "ii": "own runs at the same progress",
-        "iii": "decrease of the clean held-out loss at shared parameters, short steps",
-        "iii, real steps": "the same with real steps",
+        "iii": "decrease of the clean held-out loss at shared parameters",
     }
     scales, decrease = "log ratio of noise scales, {} / KD", "decrease, share of steepest descent, KD minus {}"
     part = "part on the hardest quarter minus the size of the rest"
-    gain = "gain in first-order decrease of batches of the hardest quarter, minus the size of the others'"
+    gain = "gain in decrease of batches of the hardest quarter, minus the size of the others'"
     rows = []
     for text, other, name in (
         ("KD gradients are less noisy than one-hot gradients", "onehot", "one-hot"),
@@ -463,7 +424,7 @@ def denoise_claims(seeds):
         ("the reduction is not explained by softness alone", "smooth", "smoothed"),
     ):
         values = [compare(seed, other) if other else compare_hardest(seed) for seed in seeds]
-        notes = [note.format(name) for note in (scales, scales, decrease, decrease)]
+        notes = [note.format(name) for note in (scales, scales, decrease)]
         notes = notes if other else [part, part, f"{gain}, weighted by points"]
         parts = {}
         for key, note in zip(values[0], notes, strict=True):
@@ -505,7 +466,7 @@ def curves(axes, seeds, batch_size):
         return np.mean([at[loss][f"cos_held_out {size}"] for at in shared_checkpoints(table)])
 
     def decrease(table, loss, percent):
-        return np.mean([table[run][percent][loss]["decrease"] for run in ("onehot", "kd")])
+        return np.mean([table[run][percent][loss]["first_order"] for run in ("onehot", "kd")])
 
     percents = list(seeds[0]["table"]["kd"])
     for axis, value_of, title in (
@@ -522,7 +483,7 @@ def curves(axes, seeds, batch_size):
     bands(axes[3], seeds, percents, decrease)
     axes[3].axhline(0, color="black", lw=0.8)
     axes[3].set(xlabel="training steps (%)", ylabel="share of steepest descent")
-    axes[3].set(title=f"(iii) Real steps, batches of {batch_size}")
+    axes[3].set(title=f"(iii) Decrease, batches of {batch_size}")
 
 
 def groups_panel(axis, seeds):
@@ -585,7 +546,7 @@ def add_measuring_flags(parser):
     share = number(float, 0, 100, open_low=True, open_high=True)
     add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help="when to measure, besides 0 and 100")
     add("--points", type=number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
-    add("--held-out", type=number(int, 0), default=2000, help="the first so many test images as held-out, 0 for all")
+    add("--held-out", type=number(int, 0), default=2000, help="test images as held-out, 0 for all")
     add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
 
 

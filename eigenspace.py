@@ -9,7 +9,7 @@ input; a ResNet's logits, in that of its empirical NTK. The student has its teac
 is as soft and not taught; --temperature adds the same pair at that T (see NETWORKS).
 
 Departures from the paper: plain SGD (no momentum, weight decay or augmentation), so that paths are smooth; images are
-centred on the mean training image; models are half as wide; test accuracies are of the first 1,000 test images; and
+centred on the mean training image; models are half as wide; test accuracies are of 1,000 test images; and
 intervals are over seeds (initialisation, order; linear: targets, noise, examples) at one draw of the label noise.
 """
 
@@ -327,8 +327,8 @@ NTK = dict(lr=0.1, steps=150)
 
 def centred_images(data):
     """Training images and up to 1,000 test images [N, C, H, W], less the mean training image, each with labels [N]."""
-    images, test = data.normalise(data.x_train), data.normalise(data.x_test[:1000])
-    return (images - images.mean(0), data.y_train), (test - images.mean(0), data.y_test[: len(test)])
+    images, (test, test_labels) = data.normalise(data.x_train), common.some_test_images(data, 1000)
+    return (images - images.mean(0), data.y_train), (data.normalise(test) - images.mean(0), test_labels)
 
 
 def build_classifier(arch, data, width, key):
@@ -619,7 +619,8 @@ def plot_risks(axes, results):
 def seeds_of(level, data, args, seeds):
     """{network, or the linear level itself: [(file, what its result depends on, function) of each seed]}."""
     if level == "linear":
-        parts = {level: (linear_seed, dict(examples=EXAMPLES))}
+        constants = [DIRECTIONS, POINTS, STEPS, RATE, list(NOISES)]
+        parts = {level: (linear_seed, dict(examples=EXAMPLES, constants=constants))}
     else:
         settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
         settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
@@ -683,7 +684,7 @@ def draw(level, results, data, args):
                 control = [compare(seed["paths"], "smoothed")["ratio"]["smoothed"].mean() for seed in of_seeds]
                 first["note"] += "; control: the smoothed network"
                 first = claims.headline(first, "§4", claims.over_seeds(control))
-            else:
+            elif what != "end":  # whose kernel favours the teacher, see `ntk_seed`
                 verdicts[network] = first["verdict"]
             rows += [first, *others]
         title = f"First-layer weights in the eigenspace of their input, {name}"

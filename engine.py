@@ -39,7 +39,7 @@ def resolve(args, distributed=False):
     args.device = use_device(args.device, distributed)
     if args.precision == "auto":
         # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
-        half = args.device == "cuda" or bf16_in_hardware() and not common.dataset_of(args.data).fp32
+        half = (args.device == "cuda" or bf16_in_hardware()) and not common.dataset_of(args.data).fp32
         args.precision = "bf16" if half else "fp32"
     if args.fast is None:
         args.fast = args.device == "cuda"  # measured on a CPU: compiling gains nothing over channels_last and bf16

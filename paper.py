@@ -401,6 +401,7 @@ def more_flags(text):
     """argparse type of more flags in one string."""
     words = shlex.split(text)
     taken = "data label-noise arch task teacher student mode out results recipe seeds seed data-dir device jobs".split()
+    taken += "overwrite shard snapshot-at switch-at direction".split()
     wrong = {word.partition("=")[0] for word in words} & {f"--{name}" for name in taken}
     if wrong:
         raise argparse.ArgumentTypeError(f"{min(wrong)} is set by the grid of paper.py: edit it there")

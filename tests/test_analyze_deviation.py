@@ -266,6 +266,9 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     teacher, student, other = (tiny_runs / "runs" / f"{name}-s0" for name in ("teacher", "kd", "onehot"))
     for name in ("torn", "unfinished", "relabelled"):
         shutil.copytree(student, name)
+    shutil.copytree(other, "wide")
+    config = runs.read_config("wide")
+    runs.write_json("wide/config.json", dict(config, seed=5, flags=dict(config["flags"], width=2.0)))
     Path("unfinished/logits.npz").unlink()
     Path("torn/logits.npz").write_bytes(Path("torn/logits.npz").read_bytes()[:2000])
     arrays = runs.read_npz("relabelled/logits.npz")
@@ -274,7 +277,9 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
         (["--student", teacher], "different runs"),
         (["--student", student, student], "is named twice"),
         (["--student", tiny_runs / "runs" / "kd-s1"], "was not distilled from"),
-        (["--student", other, "--control", student], "was distilled: the control is"),
+        (["--student", other, "--control", student], "was not distilled from"),
+        (["--student", student, "--control", tiny_runs / "runs" / "kd-s1"], "was distilled: the control is"),
+        (["--student", student, "--control", "wide"], "differ in width: the control is the student's network"),
         (["--student", student, "--control", "unfinished/../" + os.path.relpath(student)], "different runs"),
         (["--student", "absent"], "absent is not a run folder"),
         (["--student", "torn"], "torn/logits.npz cannot be read"),
@@ -284,6 +289,10 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     ]
     for words, message in cases:
         assert message in input_error(analyze_deviation, "--teacher", teacher, *words, "--out", "never")
+    teachers, students = ([tiny_runs / "runs" / f"{name}-s{seed}" for seed in (0, 1)] for name in ("teacher", "kd"))
+    swapped = [tiny_runs / "runs" / f"onehot-s{seed}" for seed in (1, 0)]
+    words = ["--teacher", *teachers, "--student", *students, "--control", *swapped, "--out", "never"]
+    assert "differ in seed" in input_error(analyze_deviation, *words)
     assert not Path("never").exists()
 
 
@@ -368,6 +377,11 @@ def test_probabilities_for_logits_are_refused_with_the_conversion(tmp_path):
     np.save(tmp_path / "S.npy", scipy.special.softmax(arrays["S"], 1).astype(np.float32))
     one_line_error(run_cli("analyze_deviation.py", *FILES, cwd=tmp_path), "S.npy has probabilities", "numpy.log(")
     assert not (tmp_path / "results").exists()
+    rounded = np.round(100 * scipy.special.softmax(arrays["S"], 1), 2)
+    for values in (rounded, rounded / 100, np.round(rounded / 100, 2)):
+        with pytest.raises(runs.InputError, match="x has probabilities"):
+            analyze_deviation.check_logits(values, "x")
+    analyze_deviation.check_logits(arrays["S"] - arrays["S"].min(), "x")
 
 
 def test_rows_in_another_order_stop_the_claims(tmp_path):

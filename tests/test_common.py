@@ -1,6 +1,7 @@
 """Data, views, datasets, models, loss, learning rates and flags: what common.py promises, and what it refuses."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -184,6 +185,16 @@ def test_label_noise_is_symmetric_fixed_by_the_data_seed_and_leaves_clean_labels
     assert common.load_data("digits").facts["label_noise"] == 0.3
     # Everything that training sees is in the hash.
     assert len({data.facts["sha256"] for data in (clean, noisy, more, small)}) == 4
+
+
+def test_some_test_images_are_of_all_classes_though_the_files_are_sorted_by_them():
+    data = common.load_data("digits")
+    order = data.y_test.argsort()
+    data = dataclasses.replace(data, x_test=data.x_test[order], y_test=data.y_test[order])
+    images, labels = common.some_test_images(data, 100)
+    assert images.shape == (100, 8, 8, 1) and (labels.bincount() >= 9).all()
+    every = common.some_test_images(data, 2000)
+    assert torch.equal(every[0], data.x_test) and torch.equal(every[1], data.y_test)
 
 
 def test_subsets_are_class_balanced_and_nested():
@@ -841,6 +852,7 @@ BAD_FLAGS = [
     (["--seeds", "1", "1"], "twice"),
     (["--schedule", "step"], "--milestones"),
     (["--milestones", "1"], "--schedule step"),
+    (["--recipe", "paper", "--schedule", "cosine", "--milestones", "1"], "--schedule step"),
     (["--image-size", "16"], "folder:PATH"),
     (["--out", "file/run"], "file/run"),
     (["--out", "/proc/run"], "/proc/run", "writable"),

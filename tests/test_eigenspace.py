@@ -345,7 +345,7 @@ def test_eigenspace_runs_keeps_its_seeds_and_refuses_other_settings(tmp_path):
     assert {row["claim"].split(":")[0] for row in table} >= prefixes
     probe, networks = claims.headlines(table)
     assert probe["claim"].startswith("digits, linear probe: ") and probe["control"] and probe["section"] == "§4"
-    assert networks["shown"].endswith(" of 3") and "NTK at initialisation" in networks["note"]
+    assert networks["shown"].endswith(" of 2") and "NTK at initialisation" in networks["note"]
     for level in ("linear", "classifiers", "ntk"):
         assert (out / f"{level}.png").stat().st_size > 10_000
         assert (out / f"{level}.pdf").exists() and (out / f"{level}.json").exists()
