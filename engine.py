@@ -164,10 +164,9 @@ def load_teacher(run, data, step=None):
         if there != here:
             fix = "give both the same --data, --subset, --label-noise and --data-seed"
             raise InputError(f"teacher {run} was trained on data with {key} {there}, the student's has {here}: {fix}")
-    width = config["flags"].get("width", 1.0)
-    if not isinstance(width, (int, float)) or not 0 < width <= 64:
-        raise InputError(f"{run}/config.json has the width {width!r}: restore it, or train again with --overwrite")
-    model = common.build_model(str(config.get("arch")), data.classes, data.facts["image"], width).to(data.device)
+    with runs.reading(f"{run}/config.json", "restore it, or train again with --overwrite"):
+        arch, width = config["arch"], config["flags"]["width"]
+        model = common.build_model(arch, data.classes, data.facts["image"], width).to(data.device)
     lines = runs.read_metrics(run)
     last_step = lines[-1].get("step", 0)
     stopped = step is not None and step < last_step
@@ -175,7 +174,7 @@ def load_teacher(run, data, step=None):
     if stopped and not path.exists():
         fix = f"train that run again with --overwrite --snapshot-at {step / last_step:g}"
         raise InputError(f"{path} does not exist: {fix}")
-    with runs.reading(path, f"it does not fit {config['arch']}: train that run again with --overwrite"):
+    with runs.reading(path, f"it does not fit {arch}: train that run again with --overwrite"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
     by_step = {line.get("step"): line.get("test_acc") for line in lines}
@@ -432,13 +431,6 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         runs.check_metrics(history)
         if not isinstance(step, int) or not 0 <= step <= total or len(history) != step // per_epoch:
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
-        for parameter, kept in optimizer.state.items():  # load_state_dict takes any shape, and None
-            for name, value in kept.items():
-                shape = torch.Size([]) if name == "step" else parameter.shape
-                if value is None and groups[0].get("momentum", 0) > 0:
-                    raise ValueError("the optimiser's state lacks its momentum")
-                if value is not None and value.reshape(shape).shape != value.shape:
-                    raise ValueError("the optimiser's state has other shapes than the weights")
         if not runs.ranks()[0]:  # it is the first rank's
             torch.set_rng_state(state["rng"].cpu())
             if device.type == "cuda" and "cuda_rng" in state:
