@@ -514,7 +514,7 @@ def discard_run(run):
 
 
 def discard_runs(args, folders, teachers=()):
-    """With --overwrite, discard all run `folders` now: interrupted, the command without --overwrite then goes on.
+    """With --overwrite, discard all run `folders` now, and clear the flag: interrupted, the command without it goes on.
 
     InputError when one of them is the run folder of one of the `teachers` that the command itself reads.
     """
