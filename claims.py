@@ -219,7 +219,9 @@ def verdicts_in_words(rows):
 def decimal(number, scale=1.0, digits=3):
     """A number as text, ? where it is undefined: NaN, infinite, or null from a JSON file (one seed has no interval over
     seeds, and a resample may leave a statistic undefined)."""
-    return f"{scale * number:.{digits}f}" if number is not None and math.isfinite(number) else "?"
+    if number is None or not math.isfinite(number):
+        return "?"
+    return f"{round(scale * number, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
 
 
 def cell(measured, scale=1.0, digits=3):
