@@ -10,8 +10,10 @@ RECIPE ?= quick
 DATA_DIR ?= data
 SEEDS ?= 0 1 2 3 4
 FLAGS ?=
+# Processes that share the seeds: 1 for a GPU that one run fills.
+JOBS ?= 2
 NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
-COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
+COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) --jobs $(JOBS) $(FLAGS)
 # Moments at which all runs keep their state, for the figures that go on from there: where the loss is switched, where a
 # teacher is stopped (one of the four of when_it_pays.py, for time), and for the gradients.
 SWITCH_AT ?= 0 0.5 0.9 1
@@ -31,9 +33,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: reproduce test smoke lint soak fig1a fig1a-drawn fig1b fig-pays variants fig-eigenspace fig-denoise fig-glue $(IMAGES_CPU) cross-cpu sst-2-cpu paper benchmark gpu-check report docs clean clean-tables
 
-# Two targets at a time, one per core. Those that share runs wait for fig1b, which trains them.
+# Two targets at a time, a process each. Those that share runs wait for fig1b, which trains them.
 reproduce: .venv/ready
-	@$(MAKE) --no-print-directory -j2 fig-pays fig-denoise fig1a-drawn fig-eigenspace fig-glue
+	@$(MAKE) --no-print-directory -j2 JOBS=1 fig-pays fig-denoise fig1a-drawn fig-eigenspace fig-glue
 	@$(PY) report.py
 
 define DRAW_FIG1A
@@ -57,22 +59,22 @@ fig1b: .venv/ready
 
 # When does it pay to disobey? Students of teachers that are stopped on the way.
 fig-pays: fig1b
-	$(PY) when_it_pays.py $(COMMON) --quiet --jobs 2 --stop-at $(STOP_AT) 1 --out "runs/$(NAME)" --results "results/$(NAME)/pays"
+	$(PY) when_it_pays.py $(COMMON) --quiet --stop-at $(STOP_AT) 1 --out "runs/$(NAME)" --results "results/$(NAME)/pays"
 
-# The same for whole teachers in other settings of digits: how far they fit decides what is seen. Half an hour.
+# The same for whole teachers in other settings of digits: how far they fit decides what is seen. 20 minutes.
 variants: .venv/ready
 	for setting in "0.3 50 1 0" "0.3 100 1 0" "0.3 150 1 0" "0.3 150 2 0" "0.1 150 1 0" "0 200 1 200"; do set -- $$setting; \
 	  name="noise$$1-epochs$$2-width$$3-subset$$4"; \
-	  $(PY) when_it_pays.py --label-noise $$1 --epochs $$2 --width $$3 --subset $$4 --stop-at 1 --seeds $(SEEDS) --quiet \
+	  $(PY) when_it_pays.py --label-noise $$1 --epochs $$2 --width $$3 --subset $$4 --stop-at 1 --seeds $(SEEDS) --jobs $(JOBS) --quiet \
 	    --out runs/variants/$$name --results results/variants/$$name || exit $$?; done
 	@for table in results/variants/*/pays.md; do echo "$$table"; cat $$table; done
 
 fig-eigenspace: .venv/ready
-	$(PY) eigenspace.py --data "$(DATA)" --data-dir "$(DATA_DIR)" --seeds $(SEEDS) $(FLAGS) --out "results/$(NAME)/eigenspace"
+	$(PY) eigenspace.py --data "$(DATA)" --data-dir "$(DATA_DIR)" --seeds $(SEEDS) --jobs $(JOBS) $(FLAGS) --out "results/$(NAME)/eigenspace"
 
 # A third of the points, for time: `python denoise_gradients.py` takes all.
 fig-denoise: fig1b
-	$(PY) denoise_gradients.py $(COMMON) --jobs 2 --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
+	$(PY) denoise_gradients.py $(COMMON) --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
 	  --kd "runs/$(NAME)-kd-s{seed}" --smooth "runs/$(NAME)-smooth-s{seed}" --out "results/$(NAME)/denoise"
 
 # Less than `python glue_distill.py` trains, for time: without the smaller student and the reverse switch, and a quarter of
@@ -82,7 +84,7 @@ GLUE_SEEDS ?= 0 1 2
 GLUE_FLAGS ?= --student tiny --mode onehot kd onehot2kd --mlm-epochs 2
 
 fig-glue: .venv/ready
-	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --quiet $(GLUE_FLAGS)
+	$(PY) glue_distill.py --task "$(TASK)" --seeds $(GLUE_SEEDS) --jobs $(JOBS) --quiet $(GLUE_FLAGS)
 
 # Figures 1a and 1b of 10,000 real images (or a RoBERTa from scratch) on two CPU cores, hours each: paper.py --recipe cpu.
 $(IMAGES_CPU): ONLY = image/$(@:-cpu=)/resnet20
