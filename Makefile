@@ -74,8 +74,7 @@ fig-eigenspace: .venv/ready
 
 # A third of the points, for time: `python denoise_gradients.py` takes all.
 fig-denoise: fig1b
-	$(PY) denoise_gradients.py $(COMMON) --points 512 --teacher "runs/$(NAME)-teacher-s{seed}" --onehot "runs/$(NAME)-onehot-s{seed}" \
-	  --kd "runs/$(NAME)-kd-s{seed}" --smooth "runs/$(NAME)-smooth-s{seed}" --out "results/$(NAME)/denoise"
+	$(PY) denoise_gradients.py $(COMMON) --points 512 --out "runs/$(NAME)" --results "results/$(NAME)/denoise"
 
 # Less than `python glue_distill.py` trains, for time: without the smaller student and the reverse switch, and a quarter of
 # the pretraining, after which the teacher fits as much.

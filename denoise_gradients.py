@@ -1,20 +1,19 @@
 """Gradient denoising (paper §5): does the teacher make mini-batch gradients less noisy, where, and is it mere softness?
 
     python denoise_gradients.py                                          # noisy digits, ResNet-8, five seeds
-    python denoise_gradients.py --teacher 'runs/teacher-s{seed}'         # a teacher that train_teacher.py made
+    python denoise_gradients.py --teacher 'runs/t-s{seed}' --out runs/x  # teachers of your own; run folders runs/x-…
     python denoise_gradients.py --data cifar10 --subset 2000 --label-noise 0.3 --arch resnet20 --epochs 20 --points 256
 
 The paper speaks of distillation as a denoiser of gradients without fixing an experiment; this script defines one. Each
 seed has three students with the same start, order and views, one for each of LOSSES. At 0, 5, 25, 50 and 100% of the
 steps the per-example gradients of all three losses are taken at the same parameters (see `measure`), and compared there
-and along each loss's own run (see `compare`). Runs are trained when missing and used again when finished; the onehot
-and kd runs are what train_student.py makes with --snapshot-at 0.05 0.25 0.5, so those of switch_distill.py serve too.
+and along each loss's own run (see `compare`). Run folders are those of switch_distill.py,
+and <out>-smooth-s0, …: trained when missing, used again when finished with --snapshot-at 0.05 0.25 0.5 among its flags.
 """
 
 import argparse
 import functools
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,9 +199,10 @@ def measure(model, points, losses):
 
 
 def run_folder(what, args, seed):
-    """Run folder of `what`, the teacher or one of LOSSES: the one given, or one that this script trains."""
-    default = f"{args.runs}/{runs.default_name(args)}-{'' if what == 'teacher' else 'denoise-'}{what}-s{{seed}}"
-    return Path((getattr(args, what) or default).replace("{seed}", str(seed)))
+    """Run folder of `what`, the teacher or one of LOSSES."""
+    if what == "teacher" and args.teacher:
+        return Path(args.teacher.replace("{seed}", str(seed)))
+    return Path(f"{args.out or f'runs/{runs.default_name(args)}'}-{what}-s{seed}")
 
 
 def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
@@ -239,7 +239,7 @@ def student_states(what, args, seed, data, teacher, smoothing):
     for percent, file in files.items():
         if not file.exists():
             shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
-            fix = f"give another folder by --{what}, or train it again with --overwrite --snapshot-at {shares}"
+            fix = f"train that run again with --overwrite --snapshot-at {shares}, or give another --out"
             raise InputError(f"{file} does not exist: {fix}")
         with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
             states[percent] = runs.load_checkpoint(file, data.device)["model"]
@@ -251,7 +251,7 @@ def student_states(what, args, seed, data, teacher, smoothing):
 
 
 def kept_file(args, seed):
-    return Path(args.out) / "seeds" / f"denoise-s{seed}.json"
+    return Path(args.results) / "seeds" / f"denoise-s{seed}.json"
 
 
 def measure_seed(args, seed, data):
@@ -534,7 +534,7 @@ def plot(seeds, args):
     claims.legend_below(figure, axes[0, 0])
     over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}\n{seeds[0]['gradients']}")
-    claims.save_figure(figure, args.out, "denoise")
+    claims.save_figure(figure, args.results, "denoise")
 
 
 # ---------------------------------------------------------------- command line
@@ -552,20 +552,19 @@ def add_measuring_flags(parser):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    common.add_flags(parser, out_help="folder for the figure, statistics and claims (default: results/denoise)")
+    common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)")
     add_student_flags(parser)
     add_measuring_flags(parser)
-    add = parser.add_argument_group("run folders").add_argument
-    add("--runs", default="runs", help="folder in which run folders are looked for and made")
-    for what in LOSSES:
-        add(f"--{what}", help=f"run folder of the {what} student; {{seed}} stands for the seed (default: in --runs)")
+    add = parser.add_argument_group("results").add_argument
+    add("--results", default="results/denoise", metavar="FOLDER", help="folder for figure, statistics and claims")
     common.add_process_flags(parser)
-    parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True, out="results/denoise")
+    parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True)
     for action in parser._actions:
         if action.dest in FIXED:
             action.help = argparse.SUPPRESS
 
     args = engine.resolve(parser.parse_args(argv))
+    runs.check_prefix(args)
     args.percents = sorted(set(args.percents))
     for name in FIXED:
         if getattr(args, name) != parser.get_default(name):
@@ -582,9 +581,6 @@ def main(argv=None):
     for run in given:
         engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
     planned = [run_folder(what, args, seed) for seed in seeds for what in LOSSES]
-    if len({os.path.realpath(run) for run in planned}) < len(planned):
-        what = "two runs share a folder: give --onehot, --kd and --smooth different ones"
-        raise InputError(f"{what}, with {{seed}} in each for several seeds")
     if args.overwrite:
         for seed in seeds:
             kept_file(args, seed).unlink(missing_ok=True)
@@ -599,8 +595,8 @@ def main(argv=None):
     summary["accuracy"] = claims.over_seeds([seed["accuracy"] for seed in found])
     summary["link"] = claims.over_seeds([link(seed) for seed in found])
     summary["tables"] = claims.over_seeds([seed["table"] for seed in found])
-    runs.write_json(Path(args.out) / "denoise.json", summary)
-    claims.save_claims(args.out, denoise_claims(found), f"Student's t over {len(found)} seeds")
+    runs.write_json(Path(args.results) / "denoise.json", summary)
+    claims.save_claims(args.results, denoise_claims(found), f"Student's t over {len(found)} seeds")
     plot(found, args)
 
 

@@ -808,8 +808,7 @@ def parse(argv):
     common.add_process_flags(parser)
     args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
-    if "{seed}" in (args.out or ""):
-        raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
+    runs.check_prefix(args)
     args.device = engine.use_device(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"

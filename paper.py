@@ -252,9 +252,7 @@ def denoising(args, data, arch):
     commands, found = three(args, data, arch, arch)
     found += seeded(args, prefix, "smooth", found[0].flags)
     words = ["denoise_gradients.py", *image_words(args, data, arch), "--points", str(DENOISE_POINTS), "--percents"]
-    words += [*(f"{100 * share:g}" for share in DENOISE_AT), "--out", f"{args.results}/{name}"]
-    for what in ("teacher", "onehot", "kd", "smooth"):
-        words += [f"--{what}", f"{prefix}-{what}-s{{seed}}"]
+    words += [*(f"{100 * share:g}" for share in DENOISE_AT), "--out", prefix, "--results", f"{args.results}/{name}"]
     return make_entry(args, name, [*commands, words], found, "")
 
 

@@ -175,6 +175,12 @@ def check_seeds(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: name each once")
 
 
+def check_prefix(args):
+    """InputError when the --out of a script that makes several runs of each seed names the seed."""
+    if "{seed}" in (args.out or ""):
+        raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
+
+
 # ---------------------------------------------------------------- files
 
 

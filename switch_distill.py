@@ -296,8 +296,7 @@ def parse(argv):
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
-    if "{seed}" in (args.out or ""):
-        raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
+    runs.check_prefix(args)
     return args
 
 

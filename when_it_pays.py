@@ -163,9 +163,10 @@ def main(argv=None):
     add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
     add("--results", default="results/pays", metavar="FOLDER", help="folder for figure, tables and claims")
     args = engine.resolve(parser.parse_args(argv))
-    if args.teacher or not args.kd_weight or "{seed}" in (args.out or ""):
-        fix = "leave out --teacher and {seed}, and give --kd-weight above 0"
-        raise InputError(f"this script trains its own teachers and distils from them; --out is a prefix: {fix}")
+    runs.check_prefix(args)
+    if args.teacher or not args.kd_weight:
+        fix = "leave out --teacher, and give --kd-weight above 0"
+        raise InputError(f"this script trains its own teachers and distils from them: {fix}")
     data = common.data_from(args)
     common.check_model(args, data)  # a wrong one fails before anything is discarded
     base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)

@@ -231,16 +231,17 @@ def test_runs_are_those_of_the_training_scripts(finished, tmp_path, monkeypatch)
     train_teacher.main([*SHARED, "--seeds", "1", "--out", "teacher"])
     train_student.main([*SHARED, "--seeds", "1", "--teacher", "teacher", "--out", "kd"])
     assert same_run(finished / "runs/digits-resnet8-teacher-s1", "teacher")
-    assert same_run(finished / "runs/digits-resnet8-denoise-kd-s1", "kd")
+    assert same_run(finished / "runs/digits-resnet8-kd-s1", "kd")
     # A run without the snapshots is named, with the way out.
-    with pytest.raises(InputError, match="snapshot-.* does not exist: .*--kd.*--snapshot-at"):
-        denoise_gradients.main([*FLAGS, "--seeds", "1", "--teacher", "teacher", "--kd", "kd"])
+    train_student.main([*SHARED, "--seeds", "1", "--kd-weight", "0", "--ce-weight", "1", "--out", "x-onehot-s1"])
+    with pytest.raises(InputError, match="x-onehot-s1/snapshot-.* does not exist: .* --snapshot-at 0.25 0.5"):
+        denoise_gradients.main([*FLAGS, "--seeds", "1", "--teacher", "teacher", "--out", "x"])
 
 
 def test_shard_draws_nothing_and_overwrite_starts_afresh(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    out, seeds = tmp_path / "new", ["--seeds", "0", "1", "--out", "new"]
+    out, seeds = tmp_path / "new", ["--seeds", "0", "1", "--results", "new"]
     denoise_gradients.main([*FLAGS, *seeds, "--shard", "1/2"])
     assert names_below(out) == {"seeds"} and names_below(out / "seeds") == {"denoise-s1.json"}
     kept = json.loads((out / "seeds/denoise-s1.json").read_text())
@@ -248,17 +249,17 @@ def test_shard_draws_nothing_and_overwrite_starts_afresh(finished, tmp_path, mon
     assert kept["result"] == again["result"]
     # What is kept, and the runs of this seed, are made again, those of the other seed are not touched.
     (out / "seeds/denoise-s1.json").write_text("damaged")
-    other = hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0")
-    (tmp_path / "runs/digits-resnet8-denoise-kd-s1/metrics.jsonl").write_text("damaged")
+    other = hashes(tmp_path / "runs/digits-resnet8-kd-s0")
+    (tmp_path / "runs/digits-resnet8-kd-s1/metrics.jsonl").write_text("damaged")
     denoise_gradients.main([*FLAGS, *seeds, "--shard", "1/2", "--overwrite"])
     assert json.loads((out / "seeds/denoise-s1.json").read_text())["result"] == again["result"]
-    assert hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0") == other
+    assert hashes(tmp_path / "runs/digits-resnet8-kd-s0") == other
 
 
 def test_state_of_another_model_is_named(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt")))
+    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-kd-s0").glob("snapshot-*.pt")))
     with pytest.raises(InputError, match="snapshot-.*does not fit resnet8"):
         denoise_gradients.main([*FLAGS, "--seeds", "0"])
 
@@ -275,7 +276,7 @@ def test_flag_of_a_fork_reaches_all_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(denoise_gradients, "denoise_claims", lambda *_: [])
     denoise_gradients.main([*DENOISE, "--seeds", "0", "1", "--shard", "0/2", "--logit-weight", "0.5"])
     for what in denoise_gradients.LOSSES:
-        config = json.loads((tmp_path / f"runs/digits-resnet8-denoise-{what}-s0/config.json").read_text())
+        config = json.loads((tmp_path / f"runs/digits-resnet8-{what}-s0/config.json").read_text())
         weights = [config["flags"][name] for name in ("logit_weight", "kd_weight", "ce_weight")]
         assert weights == [0.5, what == "kd", what != "kd"]
 
@@ -289,8 +290,7 @@ def test_flag_of_a_fork_reaches_all_runs(tmp_path, monkeypatch):
         (["--points", "5"], "too few"),
         (["--kd-weight", "0.5"], "--kd-weight follows from the kind of run"),
         (["--snapshot-at", "0.5"], "--snapshot-at follows from the kind of run"),
-        (["--seeds", "0", "1", "--kd", "fixed"], "two runs share a folder"),
-        (["--kd", "same", "--onehot", "same", "--overwrite"], "two runs share a folder"),
+        (["--out", "x-s{seed}"], "--out is a prefix here"),
         (["--teacher", "nowhere"], "nowhere is not a run folder"),
     ],
 )
@@ -304,17 +304,17 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, message):
 def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("kd", "onehot"):
-        shutil.copytree(tiny_runs / "runs" / f"{name}-s0", name)
-    before = [hashes(name) for name in ("kd", "onehot")]
-    given = ["--teacher", str(tiny_runs / "runs/teacher-s0"), "--kd", "kd", "--onehot", "onehot", "--seeds", "0"]
+        shutil.copytree(tiny_runs / "runs" / f"{name}-s0", f"x-{name}-s0")
+    before = files_below(tmp_path)
+    given = ["--teacher", str(tiny_runs / "runs/teacher-s0"), "--out", "x", "--seeds", "0"]
     with pytest.raises(InputError, match="was trained on data"):
         denoise_gradients.main([*TINY, *given, "--overwrite", "--label-noise", "0.1"])
     with pytest.raises(InputError, match="would discard this command's teacher"):
-        denoise_gradients.main([*TINY, "--teacher", "kd", "--kd", "kd", "--seeds", "0", "--overwrite"])
-    assert [hashes(name) for name in ("kd", "onehot")] == before
+        denoise_gradients.main([*TINY, "--teacher", "x-kd-s0", "--out", "x", "--seeds", "0", "--overwrite"])
+    assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("flag", ["--out", "--runs"])
+@pytest.mark.parametrize("flag", ["--out", "--results"])
 def test_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

@@ -13,6 +13,7 @@ import pytest
 from helpers import files_below, run_cli, write_arrays
 
 import benchmark
+import denoise_gradients
 import glue_distill
 import paper
 import runs
@@ -104,8 +105,9 @@ def test_run_folders_are_those_of_the_scripts():
     (denoising,) = entries_of("--seeds", 3, "--only", "denoising/cifar100-noisy/")
     whats = ("teacher", "onehot", "kd", "smooth")
     assert folders_of([denoising]) == {Path(f"runs/cifar100-noisy-resnet20-paper-{what}-s3") for what in whats}
-    given = {word for word in denoising.commands[-1] if "{seed}" in word}
-    assert folders_of([denoising]) == {Path(word.replace("{seed}", "3")) for word in given}
+    words = denoising.commands[-1]
+    args.teacher, args.out = None, words[words.index("--out") + 1]
+    assert folders_of([denoising]) == {denoise_gradients.run_folder(what, args, 3) for what in whats}
 
     (language,) = entries_of("--seeds", 3, "--only", "language/cola/roberta-base-distil")
     networks = ("roberta-base", "distilroberta/distilroberta-base")
