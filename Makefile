@@ -12,13 +12,13 @@ SEEDS ?= 0 1 2 3 4
 FLAGS ?=
 # Processes that share the seeds: 1 for a GPU that one run fills.
 JOBS ?= 2
-NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
-COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) --jobs $(JOBS) $(FLAGS)
 # Moments at which all runs keep their state, for the figures that go on from there: where the loss is switched, where a
 # teacher is stopped (one of the four of when_it_pays.py, for time), and for the gradients.
 SWITCH_AT ?= 0 0.5 0.9 1
 STOP_AT := 0.1
-KEPT = --snapshot-at 0.05 0.25 0.5 $(STOP_AT) $(filter-out 0 1,$(SWITCH_AT))
+KEPT := --snapshot-at 0.05 0.25 0.5 $(STOP_AT) $(filter-out 0 1,$(SWITCH_AT))
+NAME ?= $(subst :,-,$(subst /,-,$(DATA)))-$(ARCH)-$(RECIPE)
+COMMON := --data "$(DATA)" --data-dir "$(DATA_DIR)" --arch $(ARCH) --recipe $(RECIPE) --seeds $(SEEDS) --jobs $(JOBS) $(KEPT) $(FLAGS)
 RUNS = $(foreach seed,$(SEEDS),"runs/$(NAME)-$(1)-s$(seed)")
 
 IMAGES_CPU := cifar100-cpu cifar100-noisy-cpu cifar10-cpu tiny-imagenet-cpu
@@ -44,9 +44,9 @@ $(PY) analyze_deviation.py --teacher $(call RUNS,teacher) --student $(call RUNS,
 endef
 
 fig1a: .venv/ready
-	$(PY) train_teacher.py $(COMMON) --quiet $(KEPT) --out "runs/$(NAME)-teacher-s{seed}"
-	$(PY) train_student.py $(COMMON) --quiet $(KEPT) --teacher "runs/$(NAME)-teacher-s{seed}" --out "runs/$(NAME)-kd-s{seed}"
-	$(PY) train_student.py $(COMMON) --quiet $(KEPT) --kd-weight 0 --ce-weight 1 --out "runs/$(NAME)-onehot-s{seed}"
+	$(PY) train_teacher.py $(COMMON) --quiet --out "runs/$(NAME)-teacher-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet --teacher "runs/$(NAME)-teacher-s{seed}" --out "runs/$(NAME)-kd-s{seed}"
+	$(PY) train_student.py $(COMMON) --quiet --kd-weight 0 --ce-weight 1 --out "runs/$(NAME)-onehot-s{seed}"
 	$(DRAW_FIG1A)
 
 # Its runs are those of fig1b too.
@@ -55,7 +55,7 @@ fig1a-drawn: fig1b
 
 # Before the others in `reproduce`: its runs are theirs too. Fewer moments than `python switch_distill.py` takes, for time.
 fig1b: .venv/ready
-	$(PY) switch_distill.py $(COMMON) --quiet $(KEPT) --switch-at $(SWITCH_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
+	$(PY) switch_distill.py $(COMMON) --quiet --switch-at $(SWITCH_AT) --out "runs/$(NAME)" --results "results/$(NAME)/fig1b"
 
 # When does it pay to disobey? Students of teachers that are stopped on the way.
 fig-pays: fig1b

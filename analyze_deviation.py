@@ -169,7 +169,10 @@ def check_logits(logits, name, like=None):
         raise InputError(
             f"{name} has NaN or infinite values (first in row {row}): give finite logits, clipped if need be"
         )
-    sums, rounding = logits.sum(1), 0.005 * logits.shape[1]  # to two decimals
+    sums, decimals = logits.sum(1), 2
+    while decimals < 6 and np.abs(logits - logits.round(decimals)).max() > 1e-6:
+        decimals += 1
+    rounding = 0.5 * 10.0**-decimals * logits.shape[1]  # of all that a row sums up
     if logits.min() >= 0 and any(np.abs(sums - whole).max() < 1e-3 * whole + rounding for whole in (1, 100)):
         fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
         raise InputError(f"{name} has probabilities, rows that sum to {sums.mean():.0f}: {fix}")

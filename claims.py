@@ -221,7 +221,7 @@ def decimal(number, scale=1.0, digits=3):
     seeds, and a resample may leave a statistic undefined)."""
     if number is None or not math.isfinite(number):
         return "?"
-    return f"{round(scale * number, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
+    return f"{round(float(scale * number), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
 
 
 def cell(measured, scale=1.0, digits=3):

@@ -715,7 +715,11 @@ def add_flags(parser, out_help=OUT_HELP):
     add(*seeds, type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
-    add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: up to 20 in a run)")
+    add(
+        "--eval-every",
+        type=number(int, 1),
+        help="epochs between test evaluations (default: 20 evaluations in a run, or fewer)",
+    )
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
     add("--tensorboard", action="store_true", help="write the curves for TensorBoard too, into the run folder")
     add_device_flag(group)

@@ -7,8 +7,8 @@
 The paper speaks of distillation as a denoiser of gradients without fixing an experiment; this script defines one. Each
 seed has three students with the same start, order and views, one for each of LOSSES. At 0, 5, 25, 50 and 100% of the
 steps the per-example gradients of all three losses are taken at the same parameters (see `measure`), and compared there
-and along each loss's own run (see `compare`). Run folders are those of switch_distill.py,
-and <out>-smooth-s0, …: trained when missing, used again when finished with --snapshot-at 0.05 0.25 0.5 among its flags.
+and along each loss's own run (see `compare`). Runs are trained when missing and used again when finished; with
+--out they are those of the switch_distill.py of that --out, which then needs --snapshot-at 0.05 0.25 0.5.
 """
 
 import argparse
@@ -45,7 +45,7 @@ STYLES = dict(
 BATCH_SIZES = (16, 64, 256, 1024)
 QUARTERS = ("hardest quarter", "second quarter", "third quarter", "easiest quarter")
 UNRESOLVED = 10  # times the number of points: the largest noise scale that is told apart from infinity
-FIXED = ("kd_weight", "ce_weight", "snapshot_at")  # flags of train_student.py that follow from the kind of run
+FIXED = ("kd_weight", "ce_weight")  # flags of train_student.py that follow from the kind of run
 
 # ---------------------------------------------------------------- losses and gradients
 
@@ -202,7 +202,7 @@ def run_folder(what, args, seed):
     """Run folder of `what`, the teacher or one of LOSSES."""
     if what == "teacher" and args.teacher:
         return Path(args.teacher.replace("{seed}", str(seed)))
-    return Path(f"{args.out or f'runs/{runs.default_name(args)}'}-{what}-s{seed}")
+    return Path(f"{args.out or f'runs/{runs.default_name(args)}-denoise'}-{what}-s{seed}")
 
 
 def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
@@ -268,6 +268,7 @@ def measure_seed(args, seed, data):
         weights += [engine.weights_hash(state) for state in states[what].values()]
     settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
     settings |= dict(vars(common.only_flags(args, add_measuring_flags)), data=data.facts, weights=weights)
+    settings["test_images"] = "drawn evenly over classes"
 
     compute = functools.partial(measurements, args, seed, data, states, logits, smoothing)
     return runs.kept_result(kept_file(args, seed), settings, compute)
@@ -552,7 +553,7 @@ def add_measuring_flags(parser):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)")
+    common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>-denoise)")
     add_student_flags(parser)
     add_measuring_flags(parser)
     add = parser.add_argument_group("results").add_argument
@@ -566,6 +567,7 @@ def main(argv=None):
     args = engine.resolve(parser.parse_args(argv))
     runs.check_prefix(args)
     args.percents = sorted(set(args.percents))
+    args.snapshot_at = sorted({*args.snapshot_at, *(percent / 100 for percent in args.percents)})
     for name in FIXED:
         if getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} follows from the kind of run here: leave it out")

@@ -624,6 +624,7 @@ def seeds_of(level, data, args, seeds):
     else:
         settings = {flag: getattr(args, flag) for flag in ("width", "buckets", "batch_size", "temperature")}
         settings |= dict(networks={name: list(network) for name, network in NETWORKS.items()}, data=data.facts)
+        settings["test_images"] = "drawn evenly over classes"
         compute, archs = (ntk_seed, [args.ntk_arch]) if level == "ntk" else (classifier_seed, args.archs)
         parts = {}
         for arch in archs:

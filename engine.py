@@ -166,7 +166,8 @@ def load_teacher(run, data, step=None):
             raise InputError(f"teacher {run} was trained on data with {key} {there}, the student's has {here}: {fix}")
     with runs.reading(f"{run}/config.json", "restore it, or train again with --overwrite"):
         arch, width = config["arch"], config["flags"]["width"]
-        model = common.build_model(arch, data.classes, data.facts["image"], width).to(data.device)
+        model = common.build_model(arch, data.classes, data.facts["image"], width)
+    model = model.to(data.device)
     lines = runs.read_metrics(run)
     last_step = lines[-1].get("step", 0)
     stopped = step is not None and step < last_step
@@ -656,7 +657,7 @@ def momentum_buffers(optimizer):
 
 
 def evaluations(epochs, images, test_images):
-    """How often a run evaluates its test images: 20 times, or less where that would take more than 4% of its time.
+    """How often a run evaluates its test images after its first epoch: 20 times, or as often as 4% of its time allow.
 
     An evaluated image takes a third of the time of a trained one. Five times at least, for the curves.
     """

@@ -402,7 +402,7 @@ def more_flags(text):
     taken += "overwrite shard snapshot-at switch-at direction".split()
     wrong = {word.partition("=")[0] for word in words} & {f"--{name}" for name in taken}
     if wrong:
-        raise argparse.ArgumentTypeError(f"{min(wrong)} is set by the grid of paper.py: edit it there")
+        raise argparse.ArgumentTypeError(f"{min(wrong)} is for paper.py or its grid to set: leave it out here")
     return words
 
 

@@ -34,6 +34,7 @@ class InputError(Exception):
 
 
 OTHER_PLACE = "choose another --out, or discard it with --overwrite"
+OTHER_RESULTS = "choose another folder for results, or discard all with --overwrite"
 
 
 def cli(main):
@@ -331,7 +332,7 @@ def kept_result(path, settings, compute):
                 raise ValueError("it is not a finished seed, or has changed")
             different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
         if different:
-            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {OTHER_PLACE}")
+            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {OTHER_RESULTS}")
         return kept["result"]
     started = time.perf_counter()
     result = json.loads(json.dumps(compute()))

@@ -56,18 +56,20 @@ def train_seed(base, args, seed, data, shares, **kept):
     """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
     train_teacher(teacher_run, args, seed, data)
-    stopped = {share: step for share, step in shares.items() if share < 1}
-    lost = [f"{share:g}" for share, step in stopped.items() if not (teacher_run / f"snapshot-{step}.pt").exists()]
+    stopped = {step: f"{share:g}" for share, step in shares.items() if step < common.total_steps(args, data)[1]}
+    lost = [share for step, share in stopped.items() if not (teacher_run / f"snapshot-{step}.pt").exists()]
     if lost:
-        fix = f"train that run again with --overwrite --snapshot-at {' '.join(lost)}"
-        raise InputError(f"{teacher_run} was trained without keeping its state on the way: {fix}")
+        fix = f"train that run again with --overwrite --snapshot-at {' '.join(stopped.values())}"
+        raise InputError(f"{teacher_run} lacks its states at {' '.join(lost)} of its training: {fix}")
+    kept_at = common.snapshot_steps(args, data)  # for other figures
     one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
-    train_student(control, one_hot, seed, data)
+    train_student(control, one_hot, seed, data, snapshots=kept_at)
     found = []
     for share, step in shares.items():
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
-        train_student(student, args, seed, data, engine.TeacherLogits(model, data, args.precision, **kept))
+        teacher = engine.TeacherLogits(model, data, args.precision, **kept)
+        train_student(student, args, seed, data, teacher, snapshots=kept_at)
         found.append((model, student, control))
     return found
 

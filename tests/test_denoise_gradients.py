@@ -230,8 +230,8 @@ def test_runs_are_those_of_the_training_scripts(finished, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     train_teacher.main([*SHARED, "--seeds", "1", "--out", "teacher"])
     train_student.main([*SHARED, "--seeds", "1", "--teacher", "teacher", "--out", "kd"])
-    assert same_run(finished / "runs/digits-resnet8-teacher-s1", "teacher")
-    assert same_run(finished / "runs/digits-resnet8-kd-s1", "kd")
+    assert same_run(finished / "runs/digits-resnet8-denoise-teacher-s1", "teacher")
+    assert same_run(finished / "runs/digits-resnet8-denoise-kd-s1", "kd")
     # A run without the snapshots is named, with the way out.
     train_student.main([*SHARED, "--seeds", "1", "--kd-weight", "0", "--ce-weight", "1", "--out", "x-onehot-s1"])
     with pytest.raises(InputError, match="x-onehot-s1/snapshot-.* does not exist: .* --snapshot-at 0.25 0.5"):
@@ -249,17 +249,17 @@ def test_shard_draws_nothing_and_overwrite_starts_afresh(finished, tmp_path, mon
     assert kept["result"] == again["result"]
     # What is kept, and the runs of this seed, are made again, those of the other seed are not touched.
     (out / "seeds/denoise-s1.json").write_text("damaged")
-    other = hashes(tmp_path / "runs/digits-resnet8-kd-s0")
-    (tmp_path / "runs/digits-resnet8-kd-s1/metrics.jsonl").write_text("damaged")
+    other = hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0")
+    (tmp_path / "runs/digits-resnet8-denoise-kd-s1/metrics.jsonl").write_text("damaged")
     denoise_gradients.main([*FLAGS, *seeds, "--shard", "1/2", "--overwrite"])
     assert json.loads((out / "seeds/denoise-s1.json").read_text())["result"] == again["result"]
-    assert hashes(tmp_path / "runs/digits-resnet8-kd-s0") == other
+    assert hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0") == other
 
 
 def test_state_of_another_model_is_named(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-kd-s0").glob("snapshot-*.pt")))
+    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt")))
     with pytest.raises(InputError, match="snapshot-.*does not fit resnet8"):
         denoise_gradients.main([*FLAGS, "--seeds", "0"])
 
@@ -276,7 +276,7 @@ def test_flag_of_a_fork_reaches_all_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(denoise_gradients, "denoise_claims", lambda *_: [])
     denoise_gradients.main([*DENOISE, "--seeds", "0", "1", "--shard", "0/2", "--logit-weight", "0.5"])
     for what in denoise_gradients.LOSSES:
-        config = json.loads((tmp_path / f"runs/digits-resnet8-{what}-s0/config.json").read_text())
+        config = json.loads((tmp_path / f"runs/digits-resnet8-denoise-{what}-s0/config.json").read_text())
         weights = [config["flags"][name] for name in ("logit_weight", "kd_weight", "ce_weight")]
         assert weights == [0.5, what == "kd", what != "kd"]
 
@@ -289,7 +289,6 @@ def test_flag_of_a_fork_reaches_all_runs(tmp_path, monkeypatch):
     [
         (["--points", "5"], "too few"),
         (["--kd-weight", "0.5"], "--kd-weight follows from the kind of run"),
-        (["--snapshot-at", "0.5"], "--snapshot-at follows from the kind of run"),
         (["--out", "x-s{seed}"], "--out is a prefix here"),
         (["--teacher", "nowhere"], "nowhere is not a run folder"),
     ],
