@@ -169,6 +169,10 @@ def check_logits(logits, name, like=None):
         raise InputError(
             f"{name} has NaN or infinite values (first in row {row}): give finite logits, clipped if need be"
         )
+    if np.abs(logits).max() > 1e6:
+        raise InputError(
+            f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved"
+        )
     sums, decimals = logits.sum(1), 2
     while decimals < 6 and np.abs(logits - logits.round(decimals)).max() > 1e-6:
         decimals += 1
@@ -176,10 +180,6 @@ def check_logits(logits, name, like=None):
     if logits.min() >= 0 and any(np.abs(sums - whole).max() < 1e-3 * whole + rounding for whole in (1, 100)):
         fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
         raise InputError(f"{name} has probabilities, rows that sum to {sums.mean():.0f}: {fix}")
-    if np.abs(logits).max() > 1e6:
-        raise InputError(
-            f"{name} has values up to {np.abs(logits).max():.2g}: these are no logits; check what was saved"
-        )
     return logits
 
 

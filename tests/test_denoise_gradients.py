@@ -149,7 +149,7 @@ def test_measure_against_the_whole_gradient_matrix():
         torch.nn.utils.parameters_to_vector(model.parameters()) - 1e-2 * steps[0], model.parameters()
     )
     fall = F.cross_entropy(start, labels) - F.cross_entropy(model(held_out[0]), labels)
-    assert float(fall) == pytest.approx(1e-2 * float(steps[0] @ h), rel=0.1, abs=1e-4)
+    assert fall.item() == pytest.approx(1e-2 * float(steps[0] @ h), rel=0.1, abs=1e-4)
 
 
 # ---------------------------------------------------------------- claims
