@@ -247,13 +247,13 @@ def side_by_side(kept):
     for k, setting in enumerate(kept):
         for table in setting["claims"].values():
             for row in claims.headlines(table):
-                control = f" (control {row['control']})" if row["control"] else ""
+                control = f" ({row['control']})" if row["control"] else ""
                 key = row["section"], row["claim"]
                 rows.setdefault(key, row)
                 cells[key, k] = f"{row['shown']}{control}, **{row['verdict']}**"
     keys = [(row["section"], row["claim"]) for row in claims.headlines(rows.values())]
-    lines = [[*key, *(cells.get((key, k), "–") for k in range(len(kept)))] for key in keys]
-    return claims.markdown_table(["", "claim", *(setting["title"] for setting in kept)], lines)
+    lines = [[*key, *(cells.get((key, k), "") for k in range(len(kept)))] for key in keys]
+    return claims.markdown_table(["", "claim (its control)", *(setting["title"] for setting in kept)], lines)
 
 
 def write_docs(folder):

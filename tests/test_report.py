@@ -357,7 +357,7 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
         finished(report, "--docs", "docs")
         readme = Path("README.md").read_text()
         assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old table" not in readme
-        here = "0.89 [0.84, 0.94] (control 0.50 [0.40, 0.60]), **fails**"
+        here = "0.89 [0.84, 0.94] (0.50 [0.40, 0.60]), **fails**"
         assert f"| §3.1 | train: {SLOPE} | {here} | {here} |" in readme
         assert f"| language | train: {SLOPE} | 0.70 [0.60, 0.80], **fails** |" in readme
     text = Path("docs/results.md").read_text()
