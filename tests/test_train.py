@@ -403,7 +403,7 @@ def damaged_teachers(teacher, folder):
         ("odd metrics", "metrics.jsonl"),
         ("no metrics", "metrics.jsonl"),
         ("other arch", "other arch/checkpoint.pt cannot be read", "state_dict for ResNet"),
-        ("other width", "width 'x'"),
+        ("other width", "other width/config.json cannot be read"),
         ("recorded NaN", "test accuracy here but recorded"),
         ("other weights", "test accuracy here but recorded"),
     ]
