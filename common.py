@@ -715,11 +715,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add(*seeds, type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
-    add(
-        "--eval-every",
-        type=number(int, 1),
-        help="epochs between test evaluations (default: 20 evaluations in a run, or fewer)",
-    )
+    add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: 20 in a run, or fewer)")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
     add("--tensorboard", action="store_true", help="write the curves for TensorBoard too, into the run folder")
     add_device_flag(group)
@@ -751,15 +747,15 @@ def fill_recipe(args):
     """Fill in what the flags left to the recipe, and refuse what does not fit together; returns args."""
     row = dataset_of(args.data)
     preset = RECIPES[row.paper_recipe if args.recipe == "paper" else args.recipe]
-    scale, given = (args.epochs or preset["epochs"]) / preset["epochs"], args.milestones
+    if args.milestones and (args.schedule or preset["schedule"]) != "step":  # given ones: a recipe's are not in yet
+        raise InputError("--milestones belong to --schedule step: give both, or neither")
+    scale = (args.epochs or preset["epochs"]) / preset["epochs"]
     scaled = dict(preset, warmup=preset["warmup"] * scale, milestones=[m * scale for m in preset["milestones"]])
     for flag, value in scaled.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.schedule == "step" and not args.milestones:
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
-    if args.schedule != "step" and given:
-        raise InputError("--milestones belong to --schedule step: give both, or neither")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
     if args.stop_epoch and args.stop_epoch > args.epochs:

@@ -225,14 +225,15 @@ def student_states(what, args, seed, data, teacher, smoothing):
     """{percent: state dict} of the student run `what`, from 0 to 100; trained now when it is missing."""
     run, kd, total = run_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
     steps = {percent: min(round(percent / 100 * total), total - 1) for percent in args.percents}
+    kept = {*steps.values(), *common.snapshot_steps(args, data)}
     flags = common.only_flags(args, common.add_flags, add_student_flags, kd_weight=kd, ce_weight=1 - kd)
     if what == "smooth":
-        train_smooth(run, flags, seed, data, teacher, smoothing, set(steps.values()))
+        train_smooth(run, flags, seed, data, teacher, smoothing, kept)
     else:
         tables = run.parent / "teacher-logits"
         source = engine.teacher_source(args, data, 1, 1, tables) if kd else None
         teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
-        train_student(run, flags, seed, data, teacher, snapshots=set(steps.values()))
+        train_student(run, flags, seed, data, teacher, snapshots=kept)
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
     files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()} | {100: run / "checkpoint.pt"}

@@ -33,10 +33,6 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line that names the fix; `cli` turns it into exit code 2."""
 
 
-OTHER_PLACE = "choose another --out, or discard it with --overwrite"
-OTHER_RESULTS = "choose another folder for results, or discard all with --overwrite"
-
-
 def cli(main):
     """Run a script's `main()`: wrong input, a failed write or too little memory becomes one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -332,7 +328,8 @@ def kept_result(path, settings, compute):
                 raise ValueError("it is not a finished seed, or has changed")
             different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
         if different:
-            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {OTHER_RESULTS}")
+            fix = "choose another folder for results, or discard all with --overwrite"
+            raise InputError(f"{path} was made with other settings ({', '.join(different)}): {fix}")
         return kept["result"]
     started = time.perf_counter()
     result = json.loads(json.dumps(compute()))
@@ -495,7 +492,8 @@ def _start_run(run, args, role, seed, data, model, facts):
         return True
     if differing:
         shown = "; ".join([*differing.values()][:4])
-        raise InputError(f"{run} holds a run with other settings ({shown}): {OTHER_PLACE}")
+        fix = "choose another --out, or discard it with --overwrite"
+        raise InputError(f"{run} holds a run with other settings ({shown}): {fix}")
     finished = (run / "logits.npz").exists()
     if finished:
         print(f"{run} is finished already; --overwrite would train it again")

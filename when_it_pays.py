@@ -56,7 +56,8 @@ def train_seed(base, args, seed, data, shares, **kept):
     """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
     train_teacher(teacher_run, args, seed, data)
-    stopped = {step: f"{share:g}" for share, step in shares.items() if step < common.total_steps(args, data)[1]}
+    _, total = common.total_steps(args, data)
+    stopped = {step: f"{share:g}" for share, step in shares.items() if step < total}
     lost = [share for step, share in stopped.items() if not (teacher_run / f"snapshot-{step}.pt").exists()]
     if lost:
         fix = f"train that run again with --overwrite --snapshot-at {' '.join(stopped.values())}"
@@ -69,7 +70,7 @@ def train_seed(base, args, seed, data, shares, **kept):
         model = engine.load_teacher(teacher_run, data, step)
         student = student_folder(base, share, seed)
         teacher = engine.TeacherLogits(model, data, args.precision, **kept)
-        train_student(student, args, seed, data, teacher, snapshots=kept_at)
+        train_student(student, args, seed, data, teacher, snapshots=kept_at if step == total else ())
         found.append((model, student, control))
     return found
 
