@@ -3,6 +3,7 @@
 Intervals are 95%. Text shows accuracies in percent, files hold them as shares.
 """
 
+import io
 import math
 import os
 from collections import Counter
@@ -46,7 +47,12 @@ def accuracy(hits):
     hits = np.stack(hits).astype(float)
     # The bootstrap standard error of a mean over points, in closed form.
     half = math.sqrt(seed_term(hits.mean(1)) + 1.96**2 * hits.mean(0).var() / hits.shape[1])
-    return dict(value=float(hits.mean()), low=float(hits.mean()) - half, high=float(hits.mean()) + half)
+    return within(dict(value=float(hits.mean()), low=float(hits.mean()) - half, high=float(hits.mean()) + half))
+
+
+def within(measured, lowest=0.0, highest=1.0):
+    """dict(value, low, high, …) with the ends of its interval cut at what is possible, by default for a share."""
+    return dict(measured, low=max(measured["low"], lowest), high=min(measured["high"], highest))
 
 
 def resampled_sums(columns, resamples, rng, chunk=64, done=None):
@@ -97,28 +103,15 @@ def ratio(numerators, denominators):
     a, b, c = bottom**2 - covariance[1, 1], top * bottom - covariance[0, 1], top**2 - covariance[0, 0]
     if a > 0:
         root = math.sqrt(max(b**2 - a * c, 0.0))
-        found |= dict(low=float((b - root) / a), high=float((b + root) / a))
+        found.update(low=float((b - root) / a), high=float((b + root) / a))
     return found
 
 
-def agreement(predicted, other, classes):
-    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the second).
-
-    Rows in another order are readable and give figures, but then one is independent of the other.
-    """
-    shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
-    chance, agreed = float(shares[0] @ shares[1]), float((predicted == other).mean())
-    return agreed, chance, agreed > chance + 2 * math.sqrt(chance * (1 - chance) / len(predicted))
-
-
-def fit_note(fit):
-    """What to say of a teacher that fits this share of its training labels, noisy ones included."""
-    text = f"the teacher fits {100 * fit:.1f}% of its training labels"
-    if fit >= 0.9:
-        return text
-    return (
-        f"{text}: it does not interpolate them, the regime of the paper's claims (when_it_pays.py shows what to expect)"
-    )
+def seeds_scope(seeds):
+    """What an interval over seeds alone covers, for the reader of a table."""
+    if seeds == 1:
+        return "one seed: no intervals"
+    return f"Student's t over {seeds} seeds" + " (two: wide intervals)" * (seeds == 2)
 
 
 def scope(seeds, teachers=1):
@@ -126,26 +119,52 @@ def scope(seeds, teachers=1):
     if seeds == 1:
         return "over points only: one seed"
     whose = {1: "one teacher for all", seeds: "each with its own teacher"}.get(teachers, f"{teachers} teachers")
-    return f"over points and {seeds} seeds, {whose}"
+    few = " (two: wide intervals)" if seeds == 2 else ""
+    return f"over points and {seeds} seeds{few}, {whose}"
 
 
 # ---------------------------------------------------------------- claims
 
 SECTIONS = ("§3.1", "§3.2", "title", "§4", "§5", "language")  # of the paper, in the order of the headlines
-VERDICTS = ("holds", "fails", "unclear", "mixed")
+VERDICTS = ("holds", "as the control", "fails", "unclear", "unclear: no control", "mixed")
 
 
 def verdict(interval, threshold, above=True):
     """holds when the whole (low, high) is above (below) the threshold, fails when it is beyond it, else unclear."""
-    low, high = interval if above else (-interval[1], -interval[0])
-    threshold = threshold if above else -threshold
-    return "holds" if low > threshold else "fails" if high < threshold else "unclear"
+    low, high = interval
+    if not above:
+        low, high, threshold = -high, -low, -threshold
+    if low > threshold:
+        return "holds"
+    if high < threshold:
+        return "fails"
+    return "unclear"
 
 
-def claim(text, expected, value, low, high, threshold, above=True, note=""):
-    """One row of a claims table. `value` with its 95% interval low..high is held against `threshold`."""
+def claim(text, expected, value, low, high, threshold, above=True, note="", unit="", control=None, difference=None):
+    """One row of a claims table. `value` with its 95% interval low..high is held against `threshold`.
+
+    unit: "%" for a share, "points" for a difference of shares, both shown times 100. control, difference: dict(value,
+    low, high) of the same statistic of the control, and of value minus control, paired. Where the control meets the
+    claim too, and the difference is not clearly on the paper's side of 0, the claim does not tell the two apart: the
+    verdict is "as the control".
+    """
     judged = verdict((low, high), threshold, above)
-    return dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=judged, note=note)
+    if judged == "holds" and difference:
+        ends = [(part["low"], part["high"]) for part in (control, difference)]
+        if verdict(ends[0], threshold, above) == "holds" and verdict(ends[1], 0, above) != "holds":
+            judged = "as the control"
+    row = dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=judged, note=note)
+    shown = dict(shown=in_unit(dict(value=value, low=low, high=high), unit), control="")
+    if control:
+        shown["control"] = in_unit(control, unit)
+    return {**row, **shown}
+
+
+def claim_of(text, expected, measured, threshold, note="", above=True, **more):
+    """`claim` about a dict(value, low, high) of `combine` or `ratio`; more: unit, control and difference."""
+    ends = (measured[key] for key in ("value", "low", "high"))
+    return claim(text, expected, *ends, threshold, above, note, **more)
 
 
 def joint_claim(text, verdicts):
@@ -158,32 +177,14 @@ def joint_claim(text, verdicts):
     note += ". Measured: how many hold, without interval"
     expected = f"all {len(verdicts)} comparisons hold"
     row = claim(text, expected, held, held, held, len(verdicts) - 0.5, note=note)
-    joint = next(iter(verdicts.values())) if len(set(verdicts.values())) == 1 else "mixed"
+    found = set(verdicts.values())
+    joint = found.pop() if len(found) == 1 else "mixed"
     return dict(row, verdict=joint, shown=f"{held} of {len(verdicts)}")
 
 
-def headline(row, section, control=None, unit=""):
-    """`row` of `claim`, marked as one of the few that the paper is known for: they end `make reproduce`.
-
-    section: one of SECTIONS; control: the same statistic of the control as dict(value, low, high), or None where the
-    row itself is a difference from it; unit: "%" for a share, "points" for a difference of shares, times 100 both.
-    """
-    scale, digits = (100, 1) if unit else (1, 2)
-    measured = dict(value=row["measured"], low=row["low"], high=row["high"])
-    shown = row.get("shown") or f"{cell(measured, scale, digits)} {unit}".strip()
-    against = f"{cell(control, scale, digits)} {unit}".strip() if control else ""
-    return dict(row, section=section, shown=shown, control=against)
-
-
-def checked_claims(rows, file):
-    """`rows` as read from `file`; InputError when they are not those of a claims table."""
-    with runs.reading(file, "remove it, or make that figure again"):
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is not a table of claims")
-        claims_markdown(rows)
-        if not all(row["section"] in SECTIONS and row.keys() >= {"shown", "control"} for row in headlines(rows)):
-            raise ValueError("a headline lacks its section or what it shows")
-        return rows
+def headline(row, section):
+    """`row` of `claim`, marked as one of the few that the paper is known for; section: one of SECTIONS."""
+    return dict(row, section=section)
 
 
 def headlines(rows):
@@ -230,6 +231,13 @@ def cell(measured, scale=1.0, digits=3):
     return f"{value} [{low}, {high}]"
 
 
+def in_unit(measured, unit=""):
+    """`cell` of a dict(value, low, high) in a unit of `claim`."""
+    if unit:
+        return f"{cell(measured, 100, 1)} {unit}"
+    return cell(measured, 1, 2)
+
+
 def markdown_table(headers, rows):
     """A Markdown table of cells, which are shown as str() shows them."""
     lines = [headers, ["---"] * len(headers), *rows]
@@ -238,11 +246,9 @@ def markdown_table(headers, rows):
 
 def claims_markdown(rows):
     """Rows of `claim` as a Markdown table."""
-    lines = []
-    for row in rows:
-        value, low, high = (decimal(row[key]) for key in ("measured", "low", "high"))
-        lines.append([row["claim"], row["expected"], value, f"{low} to {high}", row["verdict"], row["note"]])
-    return markdown_table(["claim", "expected", "measured", "95% interval", "verdict", "note"], lines)
+    names = ("claim", "expected", "shown", "control", "verdict", "note")
+    lines = [[row[name] for name in names] for row in rows]
+    return markdown_table(["claim", "expected", "here [95% interval]", "control", "verdict", "note"], lines)
 
 
 def headlines_markdown(rows):
@@ -310,7 +316,8 @@ def save_figure(figure, folder, name):
     command = runs.command_line().encode(errors="replace").decode()
     for ending, metadata in (("pdf", dict(CreationDate=None)), ("png", dict(Command=command))):
         path = Path(folder) / f"{name}.{ending}"
-        options = dict(format=ending, dpi=150, metadata=metadata)
-        runs.write_atomic(path, lambda file, options=options: figure.savefig(file, **options))
+        file = io.BytesIO()
+        figure.savefig(file, format=ending, dpi=150, metadata=metadata)
+        runs.write_atomic(path, file.getvalue())
     pyplot().close(figure)
-    print(f"figure: {Path(folder) / name}.png")
+    print(f"figure: {Path(folder) / name}.png (python report.py shows all on one page)")

@@ -1,21 +1,16 @@
-"""What a fork changes: the table of datasets, augmented views, models, the distillation loss, recipes and flags.
+"""What a fork changes: the table of datasets, augmented views, models, the losses, recipes and flags.
 
 Read it top to bottom. Nothing happens at import time; every script calls these functions from its own `main()`. Shapes
 are written [N, C] and so on; images are uint8 NHWC at rest and float NCHW (channels_last in memory) in a batch.
 """
 
 import argparse
+import contextlib
+import copy
 import hashlib
-import io
-import itertools
-import json
 import math
 import os
-import re
-import shutil
-import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy import special
 from tqdm import tqdm
 
 import runs
@@ -69,8 +65,8 @@ def digits_arrays(path, data_dir, image_size):
 
 
 def npz_arrays(path, data_dir, image_size):
-    """The four `ARRAYS` of an .npz, images uint8 NHWC."""
-    return runs.read_npz(path, ARRAYS)
+    """The four `ARRAYS` of an .npz, images uint8 NHWC or NHW; class_names [C] where it has them."""
+    return runs.read_npz(path, ARRAYS, optional=["class_names"])
 
 
 def cifar_arrays(name, data_dir, image_size):
@@ -89,19 +85,24 @@ def cifar_arrays(name, data_dir, image_size):
 
 
 def tiny_imagenet_arrays(name, data_dir, image_size):
-    """Tiny-ImageNet from its original folder or zip in data_dir, else downloaded; 64×64, val is the test split."""
-    from torchvision.datasets.utils import download_url
+    """Tiny-ImageNet from its original folder in data_dir, else downloaded; 64×64, val is the test split.
 
-    folder, archive = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.zip"
-    with runs.one_at_a_time(archive):
-        if not folder.is_dir() and not archive.exists():
-            with runs.reading(name, f"put {archive.name}, or the folder {folder.name}, into {data_dir}"):
-                partial = archive.with_name(archive.name + ".part")
-                partial.unlink(missing_ok=True)
-                download_url("http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir, partial.name)
-                zipfile.ZipFile(partial).close()  # a download that was cut has no directory at its end
-                os.replace(partial, archive)
-    return folder_arrays(folder if folder.is_dir() else archive, data_dir, 64)
+    Its pictures are decoded once into data_dir/tiny-imagenet.npz, which `load_data` takes first.
+    """
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    folder = data_dir / "tiny-imagenet-200"
+    with runs.one_at_a_time(folder):
+        if not folder.is_dir():
+            with runs.reading(name, f"put the folder {folder.name} into {data_dir}"):
+                unpacked = data_dir / "tiny-imagenet.part"
+                download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir, unpacked)
+                os.replace(unpacked / folder.name, folder)  # whole or not at all
+        arrays = folder_arrays(folder, data_dir, 64)
+        with contextlib.suppress(OSError):  # where nothing can be written it is decoded every time
+            runs.write_npz(data_dir / f"{name}.npz", arrays)
+            print(f"{folder}: its pictures are kept as arrays in {data_dir / name}.npz")
+    return arrays
 
 
 class Dataset(NamedTuple):
@@ -114,152 +115,91 @@ class Dataset(NamedTuple):
     fp32: bool = False  # too small to gain from bf16
     paper_recipe: str = "paper"
     takes_path: bool = False  # named as NAME:PATH
-    size: tuple = ()  # training images, test images, side and classes, for estimates of time without the data
 
 
 def folder_arrays(path, data_dir, image_size):
-    """A folder or zip of pictures, train/<class>/… and val/ or test/, prepared once as memory-mapped arrays beside it.
+    """A folder of pictures, train/<class>/… and val/ or test/, read into memory in the order of ImageFolder.
 
     Pictures are turned as their EXIF tag says, resized to image_size along the short side and cropped to the centre;
     without image_size all must be square and of one size. Labels number the class folders of train/ in sorted order.
     """
+    from torchvision.datasets import ImageFolder
+
     root = Path(path)
-    names, read = picture_files(root)
-    with runs.reading(root, "give a folder, or a zip, with train/<class>/ and val/<class>/ (or test/<class>/)"):
-        train, test = split_pictures(root, names, read)
-    classes = sorted({label for _, label in train})
-    unknown = sorted({label for _, label in test} - set(classes))
+    with runs.reading(root, "give a folder with train/<class>/ and val/<class>/ (or test/<class>/)"):
+        train = ImageFolder(root / "train")
+        listing = root / "val" / "val_annotations.txt"
+        if listing.exists():  # Tiny-ImageNet as published: all in one folder, with a table of file names and classes
+            rows = [line.split()[:2] for line in listing.read_text().splitlines()]
+            test = [(str(root / "val" / "images" / file), label) for file, label in rows]
+        else:
+            split = "val" if (root / "val").is_dir() else "test"
+            found = ImageFolder(root / split)
+            test = [(file, found.classes[k]) for file, k in found.samples]
+            if split == "val" and (root / "test").is_dir():
+                print(f"{root}: val/ is the test split, test/ is not used")
+    unknown = sorted({label for _, label in test} - set(train.classes))
     if unknown:
         raise InputError(f"{root} has test pictures of {', '.join(unknown[:5])}: train/ has no such class")
-    side = image_size or open_picture(read(train[0][0]), root / train[0][0]).height
-    listing = hashlib.sha256(json.dumps([train, test, side, [names.get(file) for file, _ in train + test]]).encode())
-    beside = root.parent if os.access(root.parent, os.W_OK) else data_dir
-    folder = beside / f"{root.stem}-{side}px-{listing.hexdigest()[:12]}"
-    with runs.one_at_a_time(folder):
-        if not folder.is_dir():
-            prepare_pictures(root, folder, dict(train=train, test=test), read, side, bool(image_size))
-    arrays = dict(class_names=classes)
-    with runs.reading(folder, "remove that folder, it is made again"):
-        for split, files in (("train", train), ("test", test)):
-            arrays[f"x_{split}"] = np.load(folder / f"x_{split}.npy", mmap_mode="c")
-            arrays[f"y_{split}"] = np.searchsorted(classes, [label for _, label in files])
-        facts = runs.read_json(folder / "facts.json")
-        if len(facts["sha256"]) != 64 or np.array([facts["mean"], facts["std"]], float).shape != (2, 3):
-            raise ValueError("facts.json has other entries")
-    return dict(arrays, facts=facts)
+    unseen = sorted(set(train.classes) - {label for _, label in test})
+    if unseen:
+        print(f"note: {root} has no test picture of {', '.join(unseen[:5])} ({len(unseen)} classes)")
+    y_test = np.array([train.class_to_idx[label] for _, label in test])
+    files = [file for file, _ in (*train.samples, *test)]
+    images, n = picture_array(files, root, image_size), len(train)
+    values = (images[:n], np.array(train.targets), images[n:], y_test)
+    return dict(zip(ARRAYS, values, strict=True), class_names=train.classes)
 
 
-def picture_files(root):
-    """({path below root: [bytes, time or checksum]}, read(path) -> content) of the visible files of a folder or zip."""
-    hidden, start = re.compile(r"(^|/)(\.|__MACOSX/)"), ""
-    if root.is_dir():
-        found = [Path(folder, file) for folder, _, files in os.walk(root, followlinks=True) for file in files]
-        names = [name for name in (file.relative_to(root).as_posix() for file in found) if not hidden.search(name)]
-        states = {name: (root / name).stat() for name in names}
-        known = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-    else:
-        with runs.reading(root, "give a folder or a zip of pictures"):
-            archive = zipfile.ZipFile(root)
-            files = [info for info in archive.infolist() if not info.is_dir() and not hidden.search(info.filename)]
-        start = os.path.commonprefix([info.filename.partition("/")[0] + "/" for info in files])  # one folder around all
-        start = start if start.endswith("/") and start not in ("train/", "val/", "test/") else ""
-        known = {info.filename.removeprefix(start): [info.file_size, info.CRC] for info in files}
+def picture_array(files, root, image_size):
+    """uint8 [N, side, side, 3] of picture files; InputError names the first ten unusable ones."""
+    from torchvision.transforms.functional import center_crop, resize
 
-    def read(name):
-        with runs.reading(root / name, "replace or remove it"):
-            return (root / name).read_bytes() if root.is_dir() else archive.read(start + name)
-
-    # In the order of torchvision's ImageFolder, for a folder and for a zip of it.
-    return dict(sorted(known.items(), key=lambda item: item[0].split("/"))), read
-
-
-def split_pictures(root, names, read):
-    """[(path, class)] of the training and of the test pictures: of val/ where there is one, else of test/."""
-    ending = re.compile(r".+\.(jpe?g|png|bmp|webp|ppm|pgm|tiff?)", re.IGNORECASE)
-    pictures = {"train": [], "val": [], "test": []}
-    for name in names:
-        parts = name.split("/")
-        if parts[0] in pictures and len(parts) > 2 and ending.fullmatch(name):
-            pictures[parts[0]].append((name, parts[1]))
-    test = "val" if pictures["val"] else "test"
-    if pictures["val"] and pictures["test"]:
-        print(f"{root}: val/ is the test split, test/ is not used")
-    if test == "val" and "val/val_annotations.txt" in names and {label for _, label in pictures["val"]} == {"images"}:
-        # Tiny-ImageNet as published: all in one folder, with a table of file names and classes.
-        lines = read("val/val_annotations.txt").decode().splitlines()
-        pictures["val"] = [(f"val/images/{line.split()[0]}", line.split()[1]) for line in lines]
-    for split in ("train", test):
-        if not pictures[split]:
-            raise InputError(f"{root} has no pictures in {split}/<class>/: give train/<class>/ and val/<class>/")
-    return pictures["train"], pictures[test]
-
-
-def prepare_pictures(root, folder, splits, read, side, resize):
-    """Read every picture once into folder/x_<split>.npy; InputError names the first ten unusable ones."""
-    from PIL import ImageOps
-
-    unfinished, problems, cropped = folder.with_name(f".{folder.name}.tmp"), [], []
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
-    def prepare(images, k, name):
+    side, images, problems, cropped = image_size, [], [], 0
+    for file in tqdm(files, "reading pictures", disable=None):
         try:
-            image = open_picture(read(name), root / name)
-            if not resize and image.size != (side, side):
+            image = open_picture(file)
+            side = side or image.height
+            if not image_size and image.size != (side, side):
                 size = f"{image.width}×{image.height}, not {side}×{side}"
-                raise InputError(f"{root / name} is {size}: give --image-size to resize")
+                raise InputError(f"{file} is {size}: give --image-size to resize")
         except InputError as error:
             problems.append(str(error))
-            return
-        images[k] = np.array(ImageOps.fit(image, (side, side)))
-        if image.width != image.height:
-            cropped.append(name)
-
-    total = sum(map(len, splits.values()))
-    # PIL decodes outside of the interpreter's lock. In parts, so that an interrupt need not wait for all pictures.
-    with ThreadPoolExecutor(cores()) as pool, tqdm(desc="reading pictures", total=total, disable=None) as bar:
-        for split, files in splits.items():
-            shape = (len(files), side, side, 3)
-            images = np.lib.format.open_memmap(unfinished / f"x_{split}.npy", "w+", np.uint8, shape)
-            for start in range(0, len(files), 1000):
-                names = [name for name, _ in files[start : start + 1000]]
-                list(pool.map(prepare, itertools.repeat(images), itertools.count(start), names))
-                bar.update(len(names))
-            images.flush()
+            continue
+        cropped += image.width != image.height
+        if min(image.size) != side:
+            image = resize(image, side)  # bilinear with antialias, the short side
+        images.append(np.array(center_crop(image, side)))
     if problems:
-        shutil.rmtree(unfinished)
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(sorted(problems)[:10])}{more}")
+        raise InputError(f"{len(problems)} pictures cannot be used: {'; '.join(problems[:10])}{more}")
     if cropped:
-        print(f"{root}: {len(cropped)} pictures are not square: resized along the short side, and the centre cropped")
-    facts = image_facts(*(np.load(unfinished / f"x_{split}.npy", mmap_mode="r") for split in splits))
-    runs.write_json(unfinished / "facts.json", facts)
-    os.replace(unfinished, folder)
-    print(f"{root}: its pictures are kept as arrays in {folder}")
+        print(f"{root}: {cropped} pictures are not square: resized along the short side, and the centre cropped")
+    return np.stack(images)
 
 
-def open_picture(content, name):
-    """An RGB image of 8 bits from a picture's bytes, turned as its EXIF tag says; InputError names a bad one."""
+def open_picture(file):
+    """An RGB image of 8 bits from a picture file, turned as its EXIF tag says; InputError names a bad one."""
     from PIL import Image, ImageOps
 
-    with runs.reading(name, "replace or remove it"):
+    with runs.reading(file, "replace or remove it"):
         # By content, a file of any name could be another format; decoding EPS would start a program.
         formats = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=formats))
+        image = ImageOps.exif_transpose(Image.open(file, formats=formats))
         if image.mode == "F":
-            raise InputError(f"{name} has float pixels, whose scale is unknown: save it with 8 or 16 bits")
+            raise InputError(f"{file} has float pixels, whose scale is unknown: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip them at 255
             image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 
 DATASETS = {
-    "digits": Dataset(digits_arrays, pad=1, flip=False, label_noise=0.3, fp32=True, size=(1297, 500, 8, 10)),
-    "cifar10": Dataset(cifar_arrays, size=(50_000, 10_000, 32, 10)),
-    "cifar100": Dataset(cifar_arrays, size=(50_000, 10_000, 32, 100)),
-    "tiny-imagenet": Dataset(tiny_imagenet_arrays, paper_recipe="paper tiny-imagenet", size=(100_000, 10_000, 64, 200)),
+    "digits": Dataset(digits_arrays, pad=1, flip=False, label_noise=0.3, fp32=True),
+    "cifar10": Dataset(cifar_arrays),
+    "cifar100": Dataset(cifar_arrays),
+    "tiny-imagenet": Dataset(tiny_imagenet_arrays, paper_recipe="paper tiny-imagenet"),
     "npz": Dataset(npz_arrays, takes_path=True),
-    "folder": Dataset(folder_arrays, takes_path=True),  # also a zip
+    "folder": Dataset(folder_arrays, takes_path=True),
 }
 DATA_HELP = ", ".join(f"{name}:PATH" if row.takes_path else name for name, row in DATASETS.items())
 
@@ -275,18 +215,15 @@ def dataset_of(name):
 
 def image_facts(x_train, x_test):
     """Hash of all images, and mean and standard deviation [C] of the training images in 0..1 units, as lists."""
-    digest, histogram = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     for images in (x_train, x_test):
-        for k in range(0, len(images), 1024):  # in parts: they may be a map of a file larger than the memory
-            part = np.ascontiguousarray(images[k : k + 1024])
-            digest.update(part.data)
-            if images is x_train:
-                channels = range(part.shape[3])
-                histogram = histogram + np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in channels])
-    levels = np.arange(256) / 255
-    mean = np.array([(h * levels).sum() / h.sum() for h in histogram])
-    std = [np.sqrt((h * (levels - m) ** 2).sum() / h.sum()) for h, m in zip(histogram, mean, strict=True)]
-    return dict(sha256=digest.hexdigest(), mean=mean.tolist(), std=np.maximum(std, 1e-6).tolist())
+        digest.update(np.ascontiguousarray(images).data)
+    levels, mean, std = np.arange(256) / 255, [], []
+    for c in range(x_train.shape[3]):
+        counts = np.bincount(x_train[..., c].ravel(), minlength=256)
+        mean.append((counts * levels).sum() / counts.sum())
+        std.append(max(np.sqrt((counts * (levels - mean[c]) ** 2).sum() / counts.sum()), 1e-6))
+    return dict(sha256=digest.hexdigest(), mean=mean, std=std)
 
 
 def check_arrays(arrays, source):
@@ -294,12 +231,18 @@ def check_arrays(arrays, source):
 
     Classes are those of the training labels: gaps are closed, and the original numbers kept as names.
     """
+    arrays = dict(arrays)
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.ndim == 3:  # grey, without an axis for its channel
+            x = arrays[f"x_{split}"] = x[..., None]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2] or not x.size:
             raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
             raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must be whole numbers [{len(x)}]")
+        if (y < 0).any():
+            what = f"{(y < 0).sum()} labels of y_{split} are negative, which mostly marks images without a label"
+            raise InputError(f"{source}: {what}: remove those images, or number the classes from 0")
     classes = np.unique(arrays["y_train"])
     unseen = np.setdiff1d(arrays["y_test"], classes)
     if len(unseen):
@@ -312,7 +255,9 @@ def check_arrays(arrays, source):
     train, test = (list(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
     if train != test:
         raise InputError(f"{source}: train images are {train} but test images {test}: give both the same shape")
-    names = arrays.get("class_names") or [str(c) for c in classes.tolist()]
+    names = [str(name) for name in arrays.get("class_names", classes)]
+    if len(names) != len(classes):
+        raise InputError(f"{source} has {len(names)} class_names but {len(classes)} classes: give one name for each")
     labels = {key: np.searchsorted(classes, arrays[key]).astype(np.int64) for key in ("y_train", "y_test")}
     return dict(arrays, **labels, class_names=names)
 
@@ -321,9 +266,9 @@ def check_arrays(arrays, source):
 class Data:
     """One dataset on one device, with the label noise and the subset of one run.
 
-    x_train [N, H, W, C] and x_test uint8, on the device, or on the CPU as maps of files where they do not fit there;
-    y_train int64 with label noise, y_clean without; index [N] the position of each training image in the full training
-    set; mean, std [C] of the full training set in 0..1 units; pad and flip as in `Dataset`; facts for config.json.
+    x_train [N, H, W, C] and x_test uint8; y_train int64 with label noise, y_clean without; index [N] the position of
+    each training image in the full training set; mean, std [C] of the full training set in 0..1 units; pad and flip as
+    in `Dataset`; facts for config.json.
     """
 
     x_train: torch.Tensor
@@ -338,11 +283,11 @@ class Data:
     pad: int
     flip: bool
     facts: dict
-    mapped: bool = False
 
     def __post_init__(self):
         self.device = self.y_train.device
-        self.padded = None if self.mapped else self.pad_black(self.x_train)
+        # Black before normalisation, which is what torchvision's RandomCrop(padding=p) does.
+        self.padded = F.pad(self.x_train, (0, 0, self.pad, self.pad, self.pad, self.pad))
         self.side, self.shifts = self.x_train.shape[1], 2 * self.pad + 1
         self.padded_side = self.side + 2 * self.pad
         ramp = torch.arange(self.side, device=self.device)
@@ -350,27 +295,21 @@ class Data:
         self.crops = torch.stack([straight, straight.flip(1)]).flatten(1)  # pixels of a crop, from its corner on
         self.n_views = self.shifts**2 * (2 if self.flip else 1)
 
-    def pad_black(self, images):
-        """With black before normalisation, which is what torchvision's RandomCrop(padding=p) does."""
-        return F.pad(images, (0, 0, self.pad, self.pad, self.pad, self.pad))
-
     def batch(self, index, view):
         """Augmented float batch [B, C, H, W] of training images `index` [B] in the views `view` [B].
 
         The view that crops at row dy, column dx (0 .. 2·pad) is dy·shifts + dx; with flips twice that, + 1 if mirrored.
         """
-        padded = self.padded
-        if self.mapped:
-            padded = self.pad_black(self.x_train[index.cpu()].to(self.device))
-            index = torch.arange(len(index), device=self.device)
-        flip, shift = (view % 2, view // 2) if self.flip else (torch.zeros_like(view), view)
+        flip, shift = torch.zeros_like(view), view
+        if self.flip:
+            flip, shift = view % 2, view // 2
         corner = (index * self.padded_side + shift // self.shifts) * self.padded_side + shift % self.shifts
-        pixels = padded.flatten(0, 2).index_select(0, (corner.view(-1, 1) + self.crops[flip]).flatten())
-        return self.normalise(pixels.view(len(index), self.side, self.side, padded.shape[-1]))
+        pixels = self.padded.flatten(0, 2).index_select(0, (corner.view(-1, 1) + self.crops[flip]).flatten())
+        return self.normalise(pixels.view(len(index), self.side, self.side, self.padded.shape[-1]))
 
     def normalise(self, images):
         """uint8 [B, H, W, C] to normalised float [B, C, H, W] on the device, channels_last in memory."""
-        return ((images.to(self.device).float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
 def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, image_size=None, device="cpu"):
@@ -394,7 +333,7 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
         raise InputError(
             f"--subset {subset} is beyond the {n} training images of {name}: use at most {n}, or 0 for all"
         )
-    facts = arrays.get("facts") or image_facts(x_train, x_test)
+    facts = image_facts(x_train, x_test)
 
     noise = np.random.RandomState(stream_seed("label noise", data_seed) % 2**32)  # RandomState never changes
     flipped = noise.random_sample(n) < label_noise
@@ -408,20 +347,16 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     for array in (index, y_train, y_clean, y_test):
         digest.update(np.ascontiguousarray(array).data)
     described = dict(name=name, classes=classes, image=list(x_train.shape[1:]), n_train=len(x_train))
-    described |= dict(n_test=len(x_test), subset=subset, label_noise=label_noise)
-    described |= dict(flipped=int((y_train != y_clean).sum()), data_seed=data_seed)
-    described |= dict(sha256=digest.hexdigest(), class_names=arrays["class_names"])
-    # On the device the training images lie twice, once with their border.
-    needed = 3 * (x_train.nbytes + x_test.nbytes)
-    mapped = isinstance(x_train, np.memmap) and needed > free_memory(torch.device(device)) / 2
+    described.update(n_test=len(x_test), subset=subset, label_noise=label_noise)
+    described.update(flipped=int((y_train != y_clean).sum()), data_seed=data_seed)
+    described.update(sha256=digest.hexdigest(), class_names=arrays["class_names"])
 
-    def tensor(array, where=device):
-        return torch.as_tensor(np.ascontiguousarray(array) if where == device else array).to(where)
+    def tensor(array):
+        return torch.as_tensor(np.ascontiguousarray(array)).to(device)
 
-    images = [tensor(x, "cpu" if mapped else device) for x in (x_train, x_test)]
+    train = [tensor(array) for array in (x_train, y_train, y_clean, index)]
     mean, std = (tensor(np.array(facts[key])).float() for key in ("mean", "std"))
-    labels = [tensor(array) for array in (y_train, y_clean, index)]
-    return Data(images[0], *labels, images[1], tensor(y_test), mean, std, classes, row.pad, row.flip, described, mapped)
+    return Data(*train, tensor(x_test), tensor(y_test), mean, std, classes, row.pad, row.flip, described)
 
 
 def balanced_subset(labels, count, data_seed):
@@ -437,22 +372,8 @@ def balanced_subset(labels, count, data_seed):
 def some_test_images(data, count):
     """(uint8 images, labels) of `count` test images, or all, drawn evenly over classes: files may be sorted by them."""
     chosen = torch.as_tensor(balanced_subset(data.y_test.cpu().numpy(), count, data.facts["data_seed"]))
-    return data.x_test[chosen.to(data.x_test.device)], data.y_test[chosen.to(data.device)]
-
-
-def free_memory(device):
-    """Bytes of memory that are free on a device; on a CPU what the system counts as available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-
-
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chosen = chosen.to(data.device)
+    return data.x_test[chosen], data.y_test[chosen]
 
 
 # ---------------------------------------------------------------- models
@@ -568,12 +489,13 @@ def torchvision_model(name, classes, channels):
     return models.get_model(name, weights=None, num_classes=classes, **extra)
 
 
-def torchvision_size(name):
-    """The side of the images that a network of torchvision was made for."""
+def torchvision_preprocessing(name):
+    """(mean [3], std [3], side) of the images that torchvision's own weights of a network were trained on."""
     from torchvision import models
 
     with runs.reading(f"torchvision:{name}", "use a classifier that torchvision has weights for, or give a size"):
-        return models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        return preset.mean, preset.std, preset.crop_size[0]
 
 
 def build_model(arch, classes, image, width=1.0, seed=0):
@@ -613,19 +535,7 @@ def build_model(arch, classes, image, width=1.0, seed=0):
     return model.train()
 
 
-def check_model(args, data):
-    """InputError when --arch does not fit the data or the batches, for a script to call before it discards anything."""
-    model = build_model(args.arch, data.classes, data.facts["image"], args.width)
-    batch, world = min(args.batch_size, len(data.y_train)), runs.ranks()[1]
-    if batch % world:
-        raise InputError(f"a batch of {batch} images does not split over {world} processes: give another --batch-size")
-    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if batch // world == 1 and normalises:
-        what = f"--batch-size (or --subset) {batch} leaves {args.arch} one image to normalise over"
-        raise InputError(f"{what}: use at least {2 * world}")
-
-
-# ---------------------------------------------------------------- loss
+# ---------------------------------------------------------------- losses
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -633,6 +543,55 @@ def kd_loss(student_logits, teacher_logits, temperature):
     teacher = F.log_softmax(teacher_logits / temperature, 1)
     student = F.log_softmax(student_logits / temperature, 1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def one_hot_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
+    """The loss of teachers and of one-hot controls, ce_weight·CE; arguments and result as those of `student_loss`."""
+    logits = model(images).float()
+    return ce_weight * F.cross_entropy(logits, labels), logits
+
+
+def student_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
+    """The loss of students: ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T), and the model's logits.
+
+    images [B, C, H, W], labels [B], teacher_logits [B, classes] or None in steps whose kd_weight is 0; the weights are
+    numbers or scalar tensors, args the flags. Returns (scalar, logits [B, classes]).
+    """
+    logits = model(images).float()
+    loss = ce_weight * F.cross_entropy(logits, labels)
+    if teacher_logits is not None:
+        loss = loss + kd_weight * kd_loss(logits, teacher_logits, args.temperature)
+    return loss, logits
+
+
+def soft_loss(logits, target, temperature):
+    """T²·CE(target, softmax(logits/T)) over the last axis: cross-entropy at T = 1, else kd_loss up to a constant.
+
+    logits, target [..., C]; returns [...]. The constant is T² times the target's entropy, which no gradient sees.
+    """
+    return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
+
+
+def matched_smoothing(teacher_logits, temperature):
+    """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
+    probabilities = F.softmax(teacher_logits / temperature, 1).double()
+    entropy, classes = torch.special.entr(probabilities).sum(1).mean().item(), probabilities.shape[1]
+
+    def excess(alpha):
+        p = np.full(classes, alpha / classes)
+        p[0] += 1 - alpha
+        return special.entr(p / p.sum()).sum() - entropy
+
+    if entropy <= 0:
+        return 0.0
+    from scipy.optimize import brentq  # takes a part of a second to import
+
+    return 1.0 if excess(1.0) <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
+
+
+def smoothed(labels, classes, smoothing):
+    """Smoothed one-hot targets [N, classes] of labels [N]."""
+    return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
 
 
 # ---------------------------------------------------------------- recipes
@@ -664,7 +623,7 @@ def learning_rate(step, args, per_epoch):
 def total_steps(args, data):
     """(steps per epoch, steps of the whole run); an epoch drops its last, incomplete batch."""
     per_epoch = len(data.y_train) // min(args.batch_size, len(data.y_train))
-    return per_epoch, per_epoch * (args.stop_epoch or args.epochs)
+    return per_epoch, per_epoch * args.epochs
 
 
 def snapshot_steps(args, data):
@@ -674,13 +633,14 @@ def snapshot_steps(args, data):
 
 # ---------------------------------------------------------------- flags
 
+KEPT = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of training from which the figures' scripts go on
 OUT_HELP = "run folder; {seed} in it is the seed, else -s<seed> is appended to several (default: runs/<what>-s<seed>)"
 
 
 def add_data_flags(parser):
     """The flags that say which images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="digits", help=f"{DATA_HELP} (a folder or zip of pictures)")
+    add("--data", default="digits", help=f"{DATA_HELP} (a folder of pictures)")
     add("--data-dir", default="data", help="where datasets lie, and downloads go")
     add("--subset", type=number(int, 0), default=0, help="train on that many images, class-balanced; 0 for all")
     noise = "share of training labels replaced by another class (default: 0.3 for digits, else 0)"
@@ -702,11 +662,10 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
     add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")
     add("--milestones", type=number(float, 0), nargs="*", metavar="EPOCH", help="epochs of ×0.1 of the step schedule")
-    add("--stop-epoch", type=number(int, 1), help="stop after that epoch of the schedule; a later or no stop goes on")
     add("--momentum", type=number(float, 0, 1, open_high=True), default=0.9, help="Nesterov momentum")
     add("--weight-decay", type=number(float, 0, 1e38), default=5e-4, help="on all parameters")
     kept = "shares of training at which to keep the state, for the scripts that go on from there"
-    add("--snapshot-at", type=number(float, 0, 1), nargs="*", metavar="SHARE", default=[], help=kept)
+    add("--snapshot-at", type=number(float, 0, 1), nargs="*", metavar="SHARE", default=KEPT, help=kept)
     precision = "auto: bf16 autocast on CUDA and on CPUs with bf16 arithmetic (not for digits), else fp32"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     group = parser.add_argument_group("run")
@@ -714,10 +673,9 @@ def add_flags(parser, out_help=OUT_HELP):
     seeds = ("--seeds", "--seed")
     add(*seeds, type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
     add("--out", help=out_help)
-    add("--overwrite", action="store_true", help="discard what is in the run folder and start afresh")
+    add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: 20 in a run, or fewer)")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--tensorboard", action="store_true", help="write the curves for TensorBoard too, into the run folder")
     add_device_flag(group)
     fast = "compile the model and, on CUDA, run each step as one CUDA graph (default: on CUDA)"
     add("--fast", action=argparse.BooleanOptionalAction, help=fast)
@@ -727,20 +685,51 @@ def add_device_flag(group):
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
 
 
-def add_process_flags(parser):
-    """--jobs and --shard, for the scripts that train a run for each seed."""
-    add = parser.add_argument_group("processes").add_argument
-    add("--jobs", type=number(int, 1, 1000), default=1, help="processes side by side that share the seeds")
-    shard = "i/n: train every n-th seed alone, from the i-th on (from 0), one of n machines (default: all)"
-    add("--shard", type=runs.shard, default=(0, 1), help=shard)
+def add_student_flags(parser):
+    """The flags of distillation, beside those of `add_flags`. What is defined here goes into config.json."""
+    add = parser.add_argument_group("distillation").add_argument
+    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
+    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term")
+    add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="softens both in the KD term")
 
 
-def only_flags(args, *adders, **changed):
-    """The flags that `adders` (such as `add_flags`) define, and no others, some `changed`: what a run depends on."""
+def add_teacher_flags(parser):
+    """The flags that say which teacher; config.json says among its facts what it is."""
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher", help="run folder of a finished teacher, or a file of weights; {seed} in it stands for the seed")
+    weights = f"what network a file of weights (.pth, .safetensors) is of: {', '.join(ARCHS)} or torchvision:<name>"
+    add("--teacher-arch", help=weights)
+    unit = "of the images it was trained on, in 0..1 units: 1 number, or 1 for each channel"
+    unit += " (default: those of --data; for torchvision:<name> those of its own weights)"
+    add("--teacher-mean", type=number(float, 0, 1), nargs="+", help=f"mean {unit}")
+    add("--teacher-std", type=number(float, 0, 1, open_low=True), nargs="+", help=f"standard deviation {unit}")
+    size = "resize the images to this side for it (default: for torchvision:<name> the size it was made for)"
+    add("--teacher-size", type=number(int, 8, 4096), help=size)
+    add("--teacher-logits", help="its logits [N, C] of the un-augmented training images, in their order")
+
+
+def add_figure_flags(parser, results):
+    """The flags of a script that trains what its figure needs and draws it into the folder `results`."""
+    add = parser.add_argument_group("figure").add_argument
+    draws = number(int, 100, 1_000_000)
+    add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
+    add("--results", type=Path, default=Path(results), metavar="FOLDER", help="folder for figures, tables and claims")
+    add("--train-only", action="store_true", help="train what is missing and draw nothing")
+
+
+def only_flags(args, *adders):
+    """The flags that `adders` (such as `add_flags`) define, and no others: what a run depends on."""
     parser = argparse.ArgumentParser()
     for adder in adders:
         adder(parser)
-    return argparse.Namespace(**{name: getattr(args, name) for name in vars(parser.parse_args([]))} | changed)
+    return argparse.Namespace(**{name: getattr(args, name) for name in vars(parser.parse_args([]))})
+
+
+def one_hot_flags(args):
+    """A copy of `args` for the one-hot control."""
+    control = copy.copy(args)
+    control.ce_weight, control.kd_weight = 1.0, 0.0
+    return control
 
 
 def fill_recipe(args):
@@ -758,8 +747,6 @@ def fill_recipe(args):
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
-    if args.stop_epoch and args.stop_epoch > args.epochs:
-        raise InputError(f"--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}: give at most {args.epochs}")
     runs.check_seeds(args.seeds)
     return args
 

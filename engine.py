@@ -1,17 +1,11 @@
-"""Under every run: one training loop for images and text, exact resume, teacher logits, CUDA graphs, processes.
+"""Under every run: one training loop for images and text, exact resume, teachers and their logits, CUDA graphs.
 
 `train` is the loop; its optimiser, batches, step and evaluation are arguments. `train_images` puts it together for the
 networks of common.py. To change a loss, a model or a dataset you need not read this file.
 """
 
-import contextlib
-import hashlib
+import io
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import claims
 import common
 import runs
 from runs import InputError
@@ -28,15 +21,16 @@ from runs import InputError
 SAVE_SECONDS = 60  # a killed run loses at most that much; one that is interrupted saves first
 # Images of a forward without a step: more leave a CPU's cache, and take up to twice the time.
 FORWARD_BATCH = dict(cpu=128, cuda=1000)
-LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
+NOT_SHOWN = ("step", "ce_weight", "kd_weight")  # of an epoch's line, on the screen
+TABLE_BYTES = 2**32  # of a table of teacher logits: a fixed limit, so that a continued run chooses alike
 
-# ---------------------------------------------------------------- device and processes
+# ---------------------------------------------------------------- device
 
 
-def resolve(args, distributed=False):
-    """Fill in what the flags left to the recipe and to the machine; returns args. distributed: see `use_device`."""
+def resolve(args):
+    """Fill in what the flags left to the recipe and to the machine; returns args."""
     common.fill_recipe(args)
-    args.device = use_device(args.device, distributed)
+    args.device = use_device(args.device)
     if args.precision == "auto":
         # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
         half = (args.device == "cuda" or bf16_in_hardware()) and not common.dataset_of(args.data).fp32
@@ -46,14 +40,8 @@ def resolve(args, distributed=False):
     return args
 
 
-def use_device(device, distributed=False):
-    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share.
-
-    Under torchrun it joins the processes, or refuses where the script is not `distributed`.
-    """
-    rank, world = runs.ranks()
-    if world > 1 and not distributed:
-        raise InputError("torchrun is for train_teacher.py and train_student.py alone: start this script without it")
+def use_device(device):
+    """cpu or cuda for a --device flag, with the settings of PyTorch that all runs on it share."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -61,12 +49,6 @@ def use_device(device, distributed=False):
     if device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: φ of a confident point needs all of its bits
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    if world > 1 and not torch.distributed.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     return device
 
 
@@ -74,58 +56,6 @@ def bf16_in_hardware():
     """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX). Emulated, bf16 is slower than fp32."""
     checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     return any(check() for check in checks if check)
-
-
-def shard_of(args):
-    """The seeds of this --shard."""
-    first, every = args.shard
-    if not args.seeds[first::every]:
-        print(f"shard {first}/{every}: no seed is left for it")
-    return args.seeds[first::every]
-
-
-def only_a_shard(args):
-    """Whether this command has some of the seeds alone, so that it draws nothing; says how to go on then."""
-    if args.shard != (0, 1) and not args.quiet:
-        print("this shard is trained; when all are, the same command without --shard makes the tables and figures")
-    return args.shard != (0, 1)
-
-
-def run_jobs(args):
-    """With --jobs N, train this shard's seeds in N processes side by side. Afterwards they are finished.
-
-    Such a process is this command with a --shard of its own, every N-th of the seeds, and cores/N threads. SIGINT and
-    SIGTERM reach all of them: each saves, and this one exits 130.
-    """
-    first, every = args.shard
-    jobs = min(args.jobs, len(args.seeds[first::every]))
-    if jobs < 2:
-        return
-    if runs.ranks()[1] > 1:
-        raise InputError("--jobs trains seeds in processes of their own: leave it out under torchrun")
-    # Without --overwrite, which was done, once for all.
-    words = [sys.executable, *(word for word in sys.argv if word != "--overwrite"), "--jobs", "1"]
-    words += ["--quiet"] * ("quiet" in args)
-    threads = {"OMP_NUM_THREADS": str(max(1, common.cores() // jobs))} | os.environ
-    shards = [f"{first + k * every}/{jobs * every}" for k in range(jobs)]
-    sys.stdout.flush()
-    told = False
-    with runs.interruptible() as stop:
-        processes = [subprocess.Popen([*words, "--shard", shard], env=threads) for shard in shards]
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-            if stop and not told:  # once: a second signal would meet a process that is saving
-                told = True
-                for process in processes:
-                    process.terminate()
-    codes = [process.returncode for process in processes]
-    if stop or 130 in codes:
-        runs.exit_interrupted()
-    if 2 in codes:  # that process has said why
-        raise SystemExit(2)
-    if any(codes):
-        code = f"code {max(codes, key=abs)} (killed, perhaps for lack of memory)"
-        raise InputError(f"one of the --jobs ended with {code}: the same command goes on from what is finished")
 
 
 # ---------------------------------------------------------------- measuring a model
@@ -144,11 +74,19 @@ def logits_of(model, data, images, precision="fp32"):
 
 
 def save_logits(run, model, data):
-    """Write logits.npz, the arrays LOGITS of un-augmented images; last, for it says that the run is finished."""
+    """Write logits.npz, the arrays runs.LOGITS of un-augmented images; last, for it says that the run is finished."""
     train, test = (logits_of(model, data, images) for images in (data.x_train, data.x_test))
     values = (train, data.y_train, data.y_clean, data.index, test, data.y_test)
-    arrays = {name: value.cpu().numpy() for name, value in zip(LOGITS, values, strict=True)}
+    arrays = {name: value.cpu().numpy() for name, value in zip(runs.LOGITS, values, strict=True)}
     runs.write_npz(run / "logits.npz", arrays)
+
+
+def autocast(device_type, precision):
+    # No cast cache: in a captured graph it would hand a later step the weights of an earlier one.
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+# ---------------------------------------------------------------- teachers
 
 
 def load_teacher(run, data, step=None):
@@ -190,12 +128,6 @@ def load_teacher(run, data, step=None):
     return model
 
 
-def teacher_fit(run):
-    """`claims.fit_note` of a finished run: how much of its training labels it fits, and what that means."""
-    arrays = runs.read_npz(Path(run) / "logits.npz", ("train_logits", "train_labels"))
-    return claims.fit_note((arrays["train_logits"].argmax(1) == arrays["train_labels"]).mean())
-
-
 class TeacherFromElsewhere(nn.Module):
     """A classifier that was trained on images of another normalisation or size, for batches of `data`.
 
@@ -208,7 +140,8 @@ class TeacherFromElsewhere(nn.Module):
         self.model, self.size = model, size
         # x = (pixels − data.mean) / data.std is wanted as (pixels − mean) / std = scale·x + shift.
         own_mean, own_std = data.mean.cpu(), data.std.cpu()
-        mean, std = (torch.tensor(mean).float(), torch.tensor(std).float()) if mean else (own_mean, own_std)
+        mean = torch.tensor(mean).float() if mean else own_mean
+        std = torch.tensor(std).float() if std else own_std
         self.register_buffer("scale", (own_std / std).view(1, -1, 1, 1))
         self.register_buffer("shift", ((own_mean - mean) / std).view(1, -1, 1, 1))
 
@@ -219,22 +152,36 @@ class TeacherFromElsewhere(nn.Module):
         return self.model(images)
 
 
-def read_state(file):
-    """{name: tensor} of a file of weights: a state dict or a checkpoint that holds one. No code in it is run."""
+def read_state(file, wanted):
+    """{name: tensor} of a file of weights: a state dict or a checkpoint that holds one. No code in it is run.
+
+    wanted: the names that the network has. A prefix under which all of them are found is taken off; InputError when
+    there are two.
+    """
     with runs.reading(file, "give a state dict, as torch.save(model.state_dict(), FILE) writes it"):
         state = runs.load_tensors(file)
         for key in ("state_dict", "model_state_dict", "model", "net"):
-            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
         if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
             raise ValueError("it holds no state dict")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+    names = [name for name in wanted if "num_batches_tracked" not in name]  # which old files lack
+    ends = [name.removesuffix(names[0]) for name in state if f".{name}".endswith(f".{names[0]}")]
+    prefixes = [prefix for prefix in ends if all(prefix + name in state for name in names)]
+    if len(prefixes) > 1:
+        found = " and ".join(repr(prefix) for prefix in prefixes)
+        raise InputError(f"{file} holds the network more than once, under {found}: save the one that is meant alone")
+    if prefixes and prefixes[0]:
+        print(f"{file}: the weights under {prefixes[0]!r} are taken")
+        state = {name.removeprefix(prefixes[0]): state[name] for name in state if name.startswith(prefixes[0])}
+    return state
 
 
 def load_weights(file, arch, data, mean=None, std=None, size=None):
     """A teacher from a file of weights, in eval mode on data's device: `TeacherFromElsewhere`.
 
-    arch: one of common.ARCHS, or torchvision:<name>, which gets images of its own size unless `size` is given.
-    InputError when file, architecture and classes do not fit together.
+    arch: one of common.ARCHS, or torchvision:<name>, which gets images of the mean, standard deviation and size of its
+    own weights; mean, std and size say otherwise. InputError when file, architecture and classes do not fit together.
     """
     side, _, channels = data.facts["image"]
     for flag, values in (("--teacher-mean", mean), ("--teacher-std", std)):
@@ -242,79 +189,121 @@ def load_weights(file, arch, data, mean=None, std=None, size=None):
             raise InputError(f"{flag} has {len(values)} numbers: give 1, or {channels}, one for each channel")
     if bool(mean) != bool(std):
         raise InputError("--teacher-mean and --teacher-std belong together: give both, or neither")
-    if arch.startswith("torchvision:") and not size:
-        size = common.torchvision_size(arch.removeprefix("torchvision:"))
+    if arch.startswith("torchvision:") and not (mean and size):
+        preset = common.torchvision_preprocessing(arch.removeprefix("torchvision:"))
+        if not mean:
+            mean, std = preset[:2]
+        size = size or preset[2]
     model = common.build_model(arch, data.classes, [size or side, size or side, channels])
-    state, wanted, wrong = read_state(file), model.state_dict(), []
-    for name in sorted(state.keys() | wanted.keys()):
-        there, here = (list(part[name].shape) if name in part else "missing" for part in (state, wanted))
-        if there != here and not (there == "missing" and "num_batches_tracked" in name):  # which old files lack
-            wrong.append(f"{name} is {there} there and {here} here")
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    try:
+        model.load_state_dict(read_state(file, model.state_dict()))
+    except RuntimeError as error:  # its first line names the class alone
+        what = "; ".join(line.strip()[:120] for line in str(error).splitlines()[1:4])
         fix = f"check --teacher-arch and the number of classes ({data.classes} here)"
-        raise InputError(f"{file} does not fit {arch} ({'; '.join(wrong[:3])}{more}): {fix}")
-    model.load_state_dict(state, strict=False)
+        raise InputError(f"{file} does not fit {arch} ({what}): {fix}") from None
     teacher = TeacherFromElsewhere(model, data, mean, std, size)
+    numbers = [
+        " ".join(f"{value:.4g}" for value in part) for part in (mean or data.mean.tolist(), std or data.std.tolist())
+    ]
+    resized = f"{size}×{size} by bilinear interpolation with antialias" if size and size != side else f"{side}×{side}"
+    print(f"{file}: {arch} on images of mean {numbers[0]}, std {numbers[1]}, size {resized}")
     return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
 
 
-def check_above_chance(name, logits, labels, fix):
-    """Accuracy of logits [N, C] from elsewhere; InputError when they are not finite, or no better than chance."""
-    if not torch.isfinite(logits).all():
-        raise InputError(f"{name} gives NaN or infinite logits: {fix}")
-    predicted = logits.argmax(1).cpu().numpy()
-    accuracy, chance, above = claims.agreement(predicted, labels.cpu().numpy(), logits.shape[1])
-    if not above:
-        found = f"{100 * accuracy:.1f}%, chance {100 * chance:.1f}%"
-        raise InputError(f"{name} is no better than chance here ({found}): {fix}")
-    return accuracy
+def open_teacher(args, seed, data, trained=None):
+    """`TeacherLogits` of one seed: of the flags of `common.add_teacher_flags`, else of the run folder `trained`.
+
+    --teacher is a run folder, or with --teacher-arch a file of weights; --teacher-logits are logits of the un-augmented
+    training images. Prints what the teacher fits. InputError when it does not fit the data. To distil from a model of
+    your own, load it here.
+    """
+    if bool(args.teacher) + bool(args.teacher_logits) + bool(trained) != 1:
+        raise InputError("give one of --teacher (a run folder, or weights) and --teacher-logits")
+    for flag in ("arch", "mean", "std", "size"):
+        if getattr(args, f"teacher_{flag}") and not (args.teacher and args.teacher_arch):
+            fix = "give --teacher FILE and --teacher-arch with it"
+            raise InputError(f"--teacher-{flag} is of a file of weights: {fix}")
+    name = str(args.teacher or args.teacher_logits or trained).replace("{seed}", str(seed))
+    if args.teacher_logits or args.teacher_arch:
+        return teacher_from_elsewhere(name, args, data)
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: give --teacher-arch too, what network its weights are of")
+    teacher = TeacherLogits(load_teacher(name, data), data, args.precision, args.epochs, name)
+    print(f"{name}: {runs.teacher_fit(name)}")
+    return teacher
+
+
+def teacher_from_elsewhere(name, args, data):
+    """`TeacherLogits` of a file of weights of --teacher-arch, or of a file of logits [N, C] of the training images.
+
+    InputError when its shape is another, or when it is no better than chance on the data.
+    """
+    if args.teacher_arch:
+        model = load_weights(name, args.teacher_arch, data, args.teacher_mean, args.teacher_std, args.teacher_size)
+        teacher = TeacherLogits(model, data, args.precision, args.epochs, name)
+        images = dict(train_logits=data.x_train, test_logits=data.x_test)
+        teacher.logits = {key: logits_of(model, data, part) for key, part in images.items()}
+        facts = {flag: getattr(args, flag) for flag in ("teacher_arch", "teacher_mean", "teacher_std")}
+        teacher.facts.update(facts, teacher_size=model.size)
+        fix = "check --teacher-arch, --teacher-mean, --teacher-std, --teacher-size and the order of its classes"
+    else:
+        logits = runs.check_logits(runs.read_array(name), name)
+        if logits.shape != (len(data.y_train), data.classes):
+            here = f"{len(data.y_train)} training images and {data.classes} classes here"
+            raise InputError(f"{name} is {list(logits.shape)}: it must have the {here}, in their order")
+        plain = torch.from_numpy(logits).float().to(data.device)
+        teacher = TeacherLogits(None, data, name=name, plain=plain)
+        teacher.logits = dict(train_logits=plain)
+        teacher.facts.update(teacher_views="every view has the teacher logits of the un-augmented image")
+        fix = "give the rows in the order of the un-augmented images"
+    for split, labels in (("train", data.y_train), ("test", data.y_test)):
+        if f"{split}_logits" not in teacher.logits:
+            continue
+        logits = teacher.logits[f"{split}_logits"]
+        if not torch.isfinite(logits).all():
+            raise InputError(f"{name} gives NaN or infinite logits: {fix}")
+        predicted, labels = logits.argmax(1).cpu().numpy(), labels.cpu().numpy()
+        accuracy, chance, above = runs.agreement(predicted, labels, data.classes)
+        if not above:
+            found = f"{100 * accuracy:.1f}% of the {split} labels, chance {100 * chance:.1f}%"
+            raise InputError(f"{name} is no better than chance here ({found}): {fix}")
+        teacher.facts[f"teacher_{split}_acc"] = accuracy
+    print(f"{name}: {runs.fit_note(teacher.facts['teacher_train_acc'])}")
+    return teacher
 
 
 # ---------------------------------------------------------------- teacher logits
 
 
 class TeacherLogits:
-    """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or looked up in a table.
+    """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or from a table.
 
-    source "live": a forward in every step. "views": one table [N · n_views, C] of every view of every image, made when
-    it is first needed and kept in memory. "epochs": a table [N, C] of each epoch's views, kept in files below `folder`
-    for all runs and processes whose images have the same views. A teacher in eval mode treats each image alone, so all
-    three give the same logits, up to the rounding of convolutions over batches of other sizes. plain: logits [N, C] of
-    the un-augmented images, given where there is no model; then every view has those of its plain image.
+    The table [N · n_views, C] has every view of every image. It is made when it is first needed, where a run of
+    `epochs` would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. A
+    teacher in eval mode treats each image alone, so both give the same logits, up to the rounding of convolutions over
+    batches of other sizes. plain: logits [N, C] of the un-augmented images, given where there is no model; then every
+    view has those of its plain image.
+
+    sha256, name and facts tell config.json which teacher it is; logits are those of a teacher from elsewhere.
     """
 
-    def __init__(self, model, data, precision="fp32", source="live", folder="runs/teacher-logits", plain=None):
-        self.data, self.precision, self.folder = data, precision, Path(folder)
+    def __init__(self, model, data, precision="fp32", epochs=0, name="", plain=None):
         self.model = self.forward_model = model
-        self.source, self.table = (source, None) if plain is None else ("plain", plain)
-        self.sha256 = weights_hash(dict(logits=plain) if model is None else model.state_dict())
-        self.wanted, self.held, self.passes = None, None, 0
-        self.facts, self.logits = {}, {}  # of a teacher from elsewhere: for a student's config.json and teacher.npz
-
-    def follow(self, stream, epoch, views):
-        """Name the epoch whose views [N] the next batches have. stream: the key of its views, (role, seed)."""
-        self.wanted = (stream, epoch, views)
-
-    def ready(self):
-        """Have the table of the epoch that is followed. Its memory stays the same: a CUDA graph reads it."""
-        if self.source == "views" and self.table is None:
-            print(f"teacher logits: from a table of all {self.data.n_views} views")
-            self.table, self.passes = self._all_views(), self.data.n_views
-        if self.source == "epochs" and self.held != self.wanted[:2]:
-            if self.table is None:
-                print("teacher logits: from a table of each epoch's views")
-            table = self._epoch(*self.wanted)
-            self.table = table if self.table is None else self.table.copy_(table)
-            self.held = self.wanted[:2]
+        self.data, self.precision, self.name = data, precision, str(name)
+        self.table, self.rows = plain, 1  # of each image in the table
+        bytes_each = 2 if precision == "bf16" else 4
+        size = len(data.y_train) * data.n_views * data.classes * bytes_each
+        self.all_views = plain is None and epochs > data.n_views and size <= TABLE_BYTES
+        self.sha256 = runs.weights_hash(dict(logits=plain) if model is None else model.state_dict())
+        self.facts, self.logits = dict(teacher=self.name, teacher_sha256=self.sha256), {}
 
     def __call__(self, images, index, view):
         """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
-        if self.source == "live":
+        if self.table is None:
             return self._forward(images).float()
-        # Of mapped images index is on the CPU, view where the table is.
-        rows = index.to(view.device)
-        return self.table[rows * self.data.n_views + view if self.source == "views" else rows].float()
+        if self.rows > 1:
+            index = index * self.rows + view
+        return self.table[index].float()
 
     @torch.no_grad()
     def _forward(self, images):
@@ -322,92 +311,21 @@ class TeacherLogits:
         with autocast(images.device.type, self.precision):
             return self.forward_model(images)
 
-    def _fill(self, index, views):
-        """Logits [len(index), C] of images `index` in `views`, in batches."""
-        batch = FORWARD_BATCH[self.data.device.type]
-        parts = zip(index.split(batch), views.split(batch), strict=True)
-        return torch.cat([self._forward(self.data.batch(*part)) for part in parts])
-
-    def _all_views(self):
-        every = torch.arange(self.data.n_views, device=self.data.device)
-        images, table = torch.arange(len(self.data.y_train), device=self.data.device), None
-        for index in images.split(max(1, 5000 // len(every))):
-            part = self._fill(index.repeat_interleave(len(every)), every.repeat(len(index)))
+    def ready(self):
+        """Fill the table, where there is to be one: before the first step that needs it, outside of a CUDA graph."""
+        if not self.all_views or self.table is not None:
+            return
+        data, views = self.data, self.data.n_views
+        batch = FORWARD_BATCH[data.device.type]
+        every = torch.arange(views, device=data.device)
+        images, table = torch.arange(len(data.y_train), device=data.device), None
+        for index in images.split(max(1, 5000 // views)):
+            pairs = zip(index.repeat_interleave(views).split(batch), every.repeat(len(index)).split(batch), strict=True)
+            part = torch.cat([self._forward(data.batch(*pair)) for pair in pairs])
             if table is None:
-                table = part.new_empty(len(images) * len(every), part.shape[1])
-            table[index[0] * len(every) : (index[-1] + 1) * len(every)] = part
-        return table
-
-    def _epoch(self, stream, epoch, views):
-        size = getattr(self.model, "size", None)  # which the weights do not tell
-        key = (self.sha256, size, self.data.facts["sha256"], self.precision, self.data.n_views, stream)
-        file = self.folder / f"{common.stream_seed(*key):016x}" / f"epoch-{epoch + 1:04d}.npz"
-        with runs.one_at_a_time(file):
-            if file.exists():
-                try:
-                    return self._read(file)
-                except InputError as error:
-                    print(f"note: {error}; it is made again")
-            self.passes += 1
-            table = self._fill(torch.arange(len(views), device=self.data.device), views.to(self.data.device))
-            # numpy knows no bfloat16: its bits go as int16, under the name of the true type.
-            bits = table.cpu().view(torch.int16) if table.dtype == torch.bfloat16 else table.cpu()
-            runs.write_npz(file, {str(table.dtype).removeprefix("torch."): bits.numpy()})
-            return table
-
-    def _read(self, file):
-        with runs.reading(file):
-            ((name, bits),) = runs.read_npz(file).items()
-            table = torch.from_numpy(bits).view(getattr(torch, name))
-            if table.shape != (len(self.data.y_train), self.data.classes):
-                raise InputError(f"{file} has the shape {list(table.shape)}")
-            return table.to(self.data.device)
-
-
-def autocast(device_type, precision):
-    # No cast cache: in a captured graph it would hand a later step the weights of an earlier one.
-    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
-
-
-def weights_hash(state):
-    """sha256 of a model's state dict: of all its parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def teacher_hash(file):
-    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
-    if file.suffix == ".npz":
-        return hashlib.sha256(runs.read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
-    return weights_hash(runs.load_checkpoint(file)["model"])
-
-
-def teacher_source(args, data, students, streams, folder):
-    """Choose where teacher logits come from (see `TeacherLogits`).
-
-    students: how many students of one teacher this process trains, a branch as its share of a run; streams: those of
-    them that differ in their views. Counted in passes of the teacher over the training set, a student costs its epochs
-    and a table of all views n_views. It may take half of the free memory, and tables of epochs half of the free disk.
-    """
-    epochs = args.stop_epoch or args.epochs
-    students, streams = students * epochs, streams * epochs
-    world = runs.ranks()[1]
-    if args.teacher_cache == "on" and world > 1:
-        raise InputError("--teacher-cache on: each process of torchrun would fill a whole table; use auto or off")
-    per_view = len(data.y_train) * data.classes * (2 if args.precision == "bf16" else 4)
-    passes = {} if args.teacher_cache == "on" else {"live": students}
-    if args.teacher_cache != "off" and world == 1:
-        disk = next(parent for parent in Path(folder).absolute().parents if parent.exists())
-        if streams * per_view < shutil.disk_usage(disk).free / 2:
-            passes["epochs"] = streams
-        if data.n_views * per_view < common.free_memory(data.device) / 2:
-            passes["views"] = data.n_views
-    if not passes:
-        size = f"tables of {data.n_views * per_view / 1e9:.1f} GB"
-        raise InputError(f"--teacher-cache on: {size} fit neither into memory nor on the disk: use auto or off")
-    return min(passes, key=passes.get)
+                table = part.new_empty(len(images) * views, part.shape[1])
+            table[index[0] * views : (index[-1] + 1) * views] = part
+        self.table, self.rows = table, views
 
 
 # ---------------------------------------------------------------- state
@@ -418,7 +336,9 @@ def save_state(path, model, optimizer, **progress):
     state = dict(progress, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
     if next(model.parameters()).is_cuda:
         state["cuda_rng"] = torch.cuda.get_rng_state()  # of this device alone: another machine may have fewer
-    runs.write_atomic(path, lambda file: torch.save(state, file))
+    file = io.BytesIO()
+    torch.save(state, file)
+    runs.write_atomic(path, file.getvalue())
 
 
 def restore_state(source, model, optimizer, per_epoch, total, device):
@@ -432,57 +352,118 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         runs.check_metrics(history)
         if not isinstance(step, int) or not 0 <= step <= total or len(history) != step // per_epoch:
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
-        if not runs.ranks()[0]:  # it is the first rank's
-            torch.set_rng_state(state["rng"].cpu())
-            if device.type == "cuda" and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         return step, history, float(state["spent"]), state["sums"].reshape(3).double()
 
 
 # ---------------------------------------------------------------- the loop
 
 
-def train(run, args, model, optimizer, steps, batches, take_step, sums, lr_at, weights_at, evaluate, **more):
+def train(
+    run,
+    args,
+    model,
+    optimizer,
+    steps,
+    batches,
+    take_step,
+    sums,
+    lr_at,
+    weights_at,
+    evaluate,
+    snapshots=(),
+    start_from=None,
+    amount=None,
+):
     """The training loop: `model` in the run folder `run`, from its checkpoint if it has one, to its end.
 
     steps: (in an epoch, in all); batches(epoch) -> list of that many batches; take_step(batch, ce_weight, kd_weight):
     one optimiser step that adds the loss times n, the hits and n to `sums` [3]; lr_at(step); weights_at(step) ->
-    (ce_weight, kd_weight); evaluate(epoch, at_end) -> {name: number} for the epoch's line. more, see `_Run`: snapshots,
-    steps before which the state is kept as snapshot-<step>.pt; start_from, a checkpoint to begin with when the folder
-    has none; amount, (unit, how many an epoch). SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends
-    in the same weights, bit for bit.
+    (ce_weight, kd_weight); evaluate(epoch, at_end) -> {name: number} for the epoch's line; snapshots: steps before
+    which the state is kept as snapshot-<step>.pt; start_from: a checkpoint to begin with when the folder has none;
+    amount: (unit, how many an epoch), by default images. SIGINT or SIGTERM saves and exits 130; on a CPU the continued
+    run ends in the same weights, bit for bit.
     """
-    state = _Run(run, args, model, optimizer, steps, sums, **more)
     per_epoch, total = steps
-    bar = tqdm(total=total, initial=state.step, desc=run.name, unit="step", disable=state.silent or None)
-    # Processes of torchrun would stop in different steps: a signal ends them as they are, the last checkpoint counts.
-    with bar, runs.interruptible() if state.world == 1 else contextlib.nullcontext([]) as stop:
-        for epoch in range(state.step // per_epoch, total // per_epoch):
-            todo = batches(epoch)[state.step % per_epoch :]
+    checkpoint = run / "checkpoint.pt"
+    step, history, spent = 0, [], 0.0
+    source = checkpoint if checkpoint.exists() else start_from
+    if source is not None:
+        step, history, spent, kept = restore_state(source, model, optimizer, per_epoch, total, sums.device)
+        sums.copy_(kept)
+        if source == checkpoint and step < total and not args.quiet:
+            print(f"{run}: continuing at step {step} of {total}")
+    saved, started = time.monotonic(), time.perf_counter()
+
+    def save(path):
+        check_finite(run, args, step, model, sums)
+        seconds = spent + time.perf_counter() - started
+        save_state(path, model, optimizer, step=step, history=history, sums=sums, spent=seconds)
+        return time.monotonic()
+
+    bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=args.quiet or None)
+    with bar, runs.interruptible() as stop:
+        for epoch in range(step // per_epoch, total // per_epoch):
+            todo = batches(epoch)[step % per_epoch :]
             model.train()
-            state.started = time.perf_counter()
+            started = time.perf_counter()
             for batch in todo:
-                lr = lr_at(state.step)
+                lr = lr_at(step)
                 set_learning_rate(optimizer, lr)
-                if state.step in state.snapshots:  # with this step's rate, also where the run was continued just here
-                    state.save(run / f"snapshot-{state.step}.pt")
-                ce_weight, kd_weight = weights_at(state.step)
+                if step in snapshots:  # with this step's rate, also where the run was continued just here
+                    save(run / f"snapshot-{step}.pt")
+                ce_weight, kd_weight = weights_at(step)
                 take_step(batch, ce_weight, kd_weight)
-                state.step += 1
+                step += 1
                 bar.update()
-                if state.step % per_epoch and (stop or state.is_old()):
-                    state.save(state.checkpoint)
+                if step % per_epoch and (stop or time.monotonic() - saved > SAVE_SECONDS):
+                    saved = save(checkpoint)
                 if stop:
                     break
-            if state.step % per_epoch == 0:
-                line = state.line(lr=lr, ce_weight=ce_weight, kd_weight=kd_weight)
-                state.end_epoch(line | evaluate(epoch + 1, state.step == total), bar)
-                if stop or state.is_old() or state.step == total:
-                    state.save(state.checkpoint)
+            if step % per_epoch == 0:
+                line = dict(epoch=epoch + 1, step=step, lr=lr, ce_weight=ce_weight, kd_weight=kd_weight)
+                line.update(progress(sums, spent, started, amount))
+                line.update(evaluate(epoch + 1, step == total))
+                check_finite(run, args, step, model, sums, line)
+                add_line(run, history, line)
+                if not args.quiet:
+                    bar.write("  ".join(f"{key} {line[key]:.4g}" for key in line if key not in NOT_SHOWN))
+                sums.zero_()
+                spent, started = 0.0, time.perf_counter()
+                if stop or time.monotonic() - saved > SAVE_SECONDS or step == total:
+                    saved = save(checkpoint)
             if stop:
-                print(f"{run}: saved at step {state.step} of {total}")
+                print(f"{run}: saved at step {step} of {total}")
                 runs.exit_interrupted()
-    state.finish()
+    runs.write_metrics(run, history)
+    print(f"{run}: {ending(history)}")
+
+
+def progress(sums, spent, started, amount=None):
+    """What an epoch's line says of its training; amount: see `train`."""
+    loss, hits, seen = sums.tolist()  # waits for the device, so that the time is its own
+    seconds = spent + time.perf_counter() - started
+    unit, count = amount or ("images", seen)
+    means = dict(train_loss=loss / seen, train_acc=hits / seen, seconds=round(seconds, 3))
+    return {**means, f"{unit}_per_s": round(count / seconds, 1)}
+
+
+def add_line(run, history, line):
+    """Add an epoch's line to the run's history and to its metrics.jsonl."""
+    if "test_acc" in line:
+        before = [past["test_acc"] for past in history if "test_acc" in past]
+        line["best_test_acc"] = max([line["test_acc"], *before])
+    history.append(line)
+    runs.write_metrics(run, history)
+
+
+def ending(history):
+    """A finished run in words."""
+    last, seconds = history[-1], sum(line["seconds"] for line in history)
+    test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
+    return f"{test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s"
 
 
 def set_learning_rate(optimizer, lr):
@@ -491,91 +472,14 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
 
 
-class _Run:
-    """What a run has to remember and to write; the loop above tells it when."""
-
-    def __init__(self, run, args, model, optimizer, steps, sums, snapshots=(), start_from=None, amount=None):
-        self.run, self.args, self.model, self.optimizer, self.sums = run, args, model, optimizer, sums
-        (self.per_epoch, self.total), self.snapshots, self.amount = steps, snapshots, amount
-        self.rank, self.world = runs.ranks()
-        self.silent = args.quiet or self.rank > 0
-        self.checkpoint = run / "checkpoint.pt"
-        self.step, self.history, self.spent, self.started = 0, [], 0.0, time.perf_counter()
-        source = self.checkpoint if self.checkpoint.exists() else start_from
-        if source is not None:
-            self.step, self.history, self.spent, kept = restore_state(source, model, optimizer, *steps, sums.device)
-            sums.copy_(kept) if not self.rank else sums.zero_()
-            if source == self.checkpoint and self.step < self.total and not self.silent:
-                print(f"{run}: continuing at step {self.step} of {self.total}")
-        self.saved, self.curves = time.monotonic(), None
-        if vars(args).get("tensorboard") and not self.rank:
-            with runs.reading("--tensorboard", "pip install tensorboard, or leave it out"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.curves = SummaryWriter(run)
-
-    def over_ranks(self):
-        """`sums` of the global batches."""
-        everyone = self.sums.clone()
-        if self.world > 1:
-            torch.distributed.all_reduce(everyone)
-        return everyone
-
-    def check_finite(self, line=()):
-        # Weights and outputs too: the loss of a step is older than what the step did to them.
-        values = torch.stack([self.over_ranks()[0], *(p.detach().double().sum() for p in self.model.parameters())])
-        if not torch.isfinite(values).all() or not all(map(math.isfinite, dict(line).values())):
-            fix = f"lower --lr (now {self.args.lr:g}) or lengthen --warmup, and discard this run with --overwrite"
-            what = f"the loss or the weights became NaN or infinite by step {self.step} of {self.run}"
-            raise InputError(f"{what}: {fix} (its last good checkpoint is kept)")
-
-    def is_old(self):
-        """Whether the checkpoint is older than SAVE_SECONDS; for torchrun, whose clocks differ, after every epoch."""
-        if self.world > 1:
-            return self.step % self.per_epoch == 0
-        return time.monotonic() - self.saved > SAVE_SECONDS
-
-    def save(self, path):
-        self.check_finite()
-        sums = self.over_ranks()
-        if not self.rank:
-            spent = self.spent + time.perf_counter() - self.started
-            save_state(path, self.model, self.optimizer, step=self.step, history=self.history, sums=sums, spent=spent)
-        self.saved = time.monotonic()
-
-    def line(self, **known):
-        """The epoch's line of metrics.jsonl, but for what `evaluate` adds."""
-        loss, hits, seen = self.over_ranks().tolist()  # waits for the device, so that the time is its own
-        seconds = self.spent + time.perf_counter() - self.started
-        unit, amount = self.amount or ("images", seen)
-        known |= dict(train_loss=loss / seen, train_acc=hits / seen, seconds=round(seconds, 3))
-        known[f"{unit}_per_s"] = round(amount / seconds, 1)
-        return dict(epoch=self.step // self.per_epoch, step=self.step, **known)
-
-    def end_epoch(self, line, bar):
-        self.check_finite(line)
-        if "test_acc" in line:
-            before = [past["test_acc"] for past in self.history if "test_acc" in past]
-            line["best_test_acc"] = max([line["test_acc"], *before])
-        self.history.append(line)
-        self.sums.zero_()
-        self.spent, self.started = 0.0, time.perf_counter()
-        if not self.rank:
-            runs.write_metrics(self.run, self.history)
-        if self.curves:
-            for name, value in line.items():
-                self.curves.add_scalar(name, value, line["epoch"])
-            self.curves.flush()
-        if not self.silent:
-            shown = {name: value for name, value in line.items() if name not in ("step", "ce_weight", "kd_weight")}
-            bar.write("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-
-    def finish(self):
-        if not self.rank:
-            runs.write_metrics(self.run, self.history)
-        last, seconds = self.history[-1], sum(line["seconds"] for line in self.history)
-        test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
-        print(f"{self.run}: {test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s")
+def check_finite(run, args, step, model, sums, line=()):
+    """InputError when the loss, the weights or a number of the epoch's `line` is NaN or infinite."""
+    # Weights and outputs too: the loss of a step is older than what the step did to them.
+    values = torch.stack([sums[0], *(p.detach().double().sum() for p in model.parameters())])
+    if not torch.isfinite(values).all() or not all(map(math.isfinite, dict(line).values())):
+        fix = f"lower --lr (now {args.lr:g}) or lengthen --warmup, and discard this run with --overwrite"
+        what = f"the loss or the weights became NaN or infinite by step {step} of {run}"
+        raise InputError(f"{what}: {fix} (its last good checkpoint is kept)")
 
 
 # ---------------------------------------------------------------- steps
@@ -632,7 +536,10 @@ def captured_step(take_step, model, optimizer, batch_size, sums):
             for value, old in zip((*model.state_dict().values(), sums), before, strict=True):
                 value.copy_(old)
             for k, buffer in enumerate(momentum_buffers(optimizer)):
-                buffer.copy_(momentum[k]) if momentum else buffer.zero_()
+                if momentum:
+                    buffer.copy_(momentum[k])
+                else:
+                    buffer.zero_()
         return graph
 
     def replay(batch, new_ce_weight, new_kd_weight):
@@ -656,23 +563,21 @@ def momentum_buffers(optimizer):
 # ---------------------------------------------------------------- images
 
 
-def evaluations(epochs, images, test_images):
-    """How often a run evaluates its test images after its first epoch: 20 times, or as often as 4% of its time allow.
-
-    An evaluated image takes a third of the time of a trained one. Five times at least, for the curves.
-    """
-    return max(5, min(20, round(0.04 * 3 * epochs * images / test_images)))
-
-
 def evaluated(epoch, args, data):
-    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
+    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between.
+
+    20 times in a run, or as often as 4% of its time allow; an evaluated image takes a third of the time of a trained
+    one. Five times at least, for the curves.
+    """
     if args.eval_every:
         return epoch % args.eval_every == 0
-    times = evaluations(args.epochs, len(data.y_train), len(data.y_test))
-    return epoch in (1, args.epochs) or epoch * times // args.epochs > (epoch - 1) * times // args.epochs
+    affordable = round(0.04 * 3 * args.epochs * len(data.y_train) / len(data.y_test))
+    times = max(5, min(20, affordable))
+    part, part_before = epoch * times // args.epochs, (epoch - 1) * times // args.epochs
+    return epoch in (1, args.epochs) or part > part_before
 
 
-def image_loss(network, data, loss_fn, teacher, precision):
+def image_loss(network, data, loss_fn, teacher, args):
     """loss_of(batch, ce_weight, kd_weight) of `optimiser_step` for batches (index [B], view [B]) of `data`."""
 
     def loss_of(batch, ce_weight, kd_weight):
@@ -680,8 +585,8 @@ def image_loss(network, data, loss_fn, teacher, precision):
         images, labels = data.batch(index, view), data.y_train[index]
         distils = torch.is_tensor(kd_weight) or kd_weight > 0
         teacher_logits = teacher(images, index, view) if distils else None
-        with autocast(images.device.type, precision):
-            loss, logits = loss_fn(network, images, labels, teacher_logits, ce_weight, kd_weight)
+        with autocast(images.device.type, args.precision):
+            loss, logits = loss_fn(network, images, labels, teacher_logits, ce_weight, kd_weight, args)
         return loss, (logits.detach().argmax(1) == labels).sum(), len(index)
 
     return loss_of
@@ -692,49 +597,37 @@ def one_hot(step):
     return 1.0, 0.0
 
 
-def sgd(model, args, graphs=False):
-    """Nesterov SGD with the flags of a run; graphs: with the learning rate in a device tensor, for `captured_step`."""
-    lr = torch.tensor(args.lr, device=args.device) if graphs else args.lr
-    more = dict(weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=True)
-    return torch.optim.SGD(model.parameters(), lr, args.momentum, **more)
-
-
-def train_images(run, model, data, args, role, seed, loss_fn, weights_at=one_hot, teacher=None, **more):
+def train_images(
+    run, model, data, args, role, seed, loss_fn, weights_at=one_hot, teacher=None, snapshots=(), start_from=None
+):
     """Train `model` in the run folder `run` and leave its logits.npz there.
 
-    loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight) -> (scalar loss, logits [B, C]), where
+    loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight, args) -> (scalar loss, logits [B, C]), where
     teacher_logits is None whenever kd_weight is 0, and the weights may be tensors; weights_at(step) -> (ce_weight,
-    kd_weight); teacher: `TeacherLogits`, or None for runs without distillation. more: snapshots, start_from of `train`.
+    kd_weight); teacher: `TeacherLogits`, or None without distillation; snapshots, start_from: see `train`.
     """
     steps = per_epoch, _ = common.total_steps(args, data)
-    batch, device, (rank, world) = min(args.batch_size, len(data.y_train)), torch.device(args.device), runs.ranks()
-    share = batch // world  # images of each step for this process; gradients are averaged over all
-    graphs = args.fast and device.type == "cuda" and world == 1 and not data.mapped
+    batch, device = min(args.batch_size, len(data.y_train)), torch.device(args.device)
     model = model.to(device).to(memory_format=torch.channels_last)
-    network = model
-    if world > 1:
-        devices = [torch.cuda.current_device()] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(model, devices)
+    network, lr = model, args.lr
+    graphs = args.fast and device.type == "cuda"
+    if graphs:
+        lr = torch.tensor(args.lr, device=device)  # which the captured step reads
     if args.fast:
-        network = torch.compile(network)
+        network = torch.compile(model)
         if teacher and teacher.model:
             teacher.forward_model = torch.compile(teacher.model)
-    optimizer = sgd(model, args, graphs)
-    torch.manual_seed(common.stream_seed("dropout", role, seed, *[rank] * (rank > 0)))  # drawn from by dropout alone
+    more = dict(weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, **more)
+    torch.manual_seed(common.stream_seed("dropout", role, seed))  # drawn from by dropout alone
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def batches(epoch):
-        order, views = common.epoch_stream(data, role, seed, epoch)
-        if teacher:
-            teacher.follow((role, seed), epoch, views)
-        if not data.mapped:
-            order, views = order.to(device), views.to(device)
-        starts = range(rank * share, per_epoch * batch, batch)
-        return [(index, views[index].to(device)) for index in (order[start : start + share] for start in starts)]
-
-    take_step = optimiser_step(model, optimizer, image_loss(network, data, loss_fn, teacher, args.precision), sums)
+    take_step = optimiser_step(model, optimizer, image_loss(network, data, loss_fn, teacher, args), sums)
     if graphs:
         take_step = captured_step(take_step, model, optimizer, batch, sums)
+
+    def batches(epoch):
+        order, views = (part.to(device) for part in common.epoch_stream(data, role, seed, epoch))
+        return [(index, views[index]) for index in order[: per_epoch * batch].split(batch)]
 
     def step(batch, ce_weight, kd_weight):
         if kd_weight:
@@ -752,8 +645,50 @@ def train_images(run, model, data, args, role, seed, loss_fn, weights_at=one_hot
     def lr_at(step):
         return common.learning_rate(step, args, per_epoch)
 
-    train(run, args, model, optimizer, steps, batches, step, sums, lr_at, weights_at, evaluate, **more)
-    if teacher and teacher.source in ("views", "epochs"):
-        print(f"teacher logits: {teacher.passes} passes of the teacher so far, all else was read from tables")
-    if not rank:
-        save_logits(run, model, data)
+    train(run, args, model, optimizer, steps, batches, step, sums, lr_at, weights_at, evaluate, snapshots, start_from)
+    save_logits(run, model, data)
+
+
+def train_teacher(run, args, seed, data, snapshots=None):
+    """Train one teacher with one-hot labels in the run folder `run`, unless it is finished already.
+
+    args: all flags of a script; snapshots: see `train`, by default the steps of --snapshot-at.
+    """
+    args = common.only_flags(args, common.add_flags)
+    loss_fn = common.one_hot_loss
+    if snapshots is None:
+        snapshots = common.snapshot_steps(args, data)
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
+    with runs.locked(run):
+        if runs.start_run(run, args, "teacher", seed, data, model, loss=runs.source_of(loss_fn)):
+            train_images(run, model, data, args, "teacher", seed, loss_fn, snapshots=snapshots)
+
+
+def train_student(
+    run, args, seed, data, loss_fn, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts
+):
+    """Train one student in the run folder `run`, unless it is finished already.
+
+    args: all flags of a script; loss_fn: see `train_images`; teacher: `TeacherLogits`, or None for a one-hot student;
+    weights_at(step) -> (ce_weight, kd_weight), by default the two flags throughout; snapshots, start_from: see `train`;
+    facts go into config.json and are compared. Students of one seed share start, order and views, none of them with a
+    teacher of that seed.
+    """
+    args = common.only_flags(args, common.add_flags, common.add_student_flags)
+    if loss_fn is common.one_hot_loss:
+        args.temperature = None  # no distillation term: one control serves all temperatures
+    known = dict(teacher_sha256=None, loss=runs.source_of(loss_fn))
+    if teacher:
+        known.update(teacher.facts)
+    known.update(facts)
+
+    def flags_throughout(step):
+        return args.ce_weight, args.kd_weight
+
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    weights_at = weights_at or flags_throughout
+    with runs.locked(run):
+        if runs.start_run(run, args, "student", seed, data, model, **known):
+            if teacher and teacher.logits:  # for Figure 1a, which finds no run folder of this teacher
+                runs.write_npz(run / "teacher.npz", {key: value.cpu().numpy() for key, value in teacher.logits.items()})
+            train_images(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)

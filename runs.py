@@ -5,8 +5,11 @@ and logits.npz, which is written last and so says that the run is finished. To c
 """
 
 import argparse
+import ast
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -17,10 +20,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 
 import numpy as np
 import torch
@@ -36,7 +40,8 @@ class InputError(Exception):
 def cli(main):
     """Run a script's `main()`: wrong input, a failed write or too little memory becomes one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
+        with suppress(AttributeError):  # a notebook's streams
+            stream.reconfigure(errors="replace")  # a terminal without Unicode must not end a run
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, which saves first
     try:
         main()
@@ -101,18 +106,6 @@ def command_line():
     return shlex.join(["python", sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
-def print_next(args, script, *more):
-    """Print the command that follows this one: `script` with the same flags but those of the run, and `more`."""
-    if args.quiet or args.shard != (0, 1):
-        return
-    words, before = [], ""
-    for word in sys.argv[1:]:
-        if "--out" not in (before, word.partition("=")[0]) and word != "--overwrite":
-            words.append(word)
-        before = word
-    print("next:", shlex.join(["python", script, *words, *more]))
-
-
 # ---------------------------------------------------------------- flags
 
 
@@ -135,8 +128,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that answers a bad flag with one line and exit code 2."""
 
+    defaults = {}  # of the command's flags: what a run without one of them, of an earlier version, was trained with
+
     def __init__(self, docstring):
         super().__init__(description=docstring, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False)
+
+    def parse_args(self, argv=None):
+        Parser.defaults = {action.dest: action.default for action in self._actions}
+        return super().parse_args(argv)
 
     def error(self, message):
         raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
@@ -158,49 +157,31 @@ def number(kind, low, high=None, open_high=False, open_low=False):
     return parse
 
 
-def shard(text):
-    """argparse type of --shard: "i/n" as (i, n), 0 <= i < n."""
-    i, n = map(int, text.split("/"))
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"{text} must be i/n with i from 0 to n-1")
-    return i, n
-
-
 def check_seeds(seeds):
     """InputError when a seed is named twice."""
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: name each once")
 
 
-def check_prefix(args):
-    """InputError when the --out of a script that makes several runs of each seed names the seed."""
-    if "{seed}" in (args.out or ""):
-        raise InputError("--out is a prefix here, to which the seed is appended: leave {seed} out of it")
-
-
 # ---------------------------------------------------------------- files
 
 
-def write_atomic(path, write):
-    """Call `write(file)` on a temporary binary file beside `path`, then rename it over `path`. OSError names `path`.
+def write_atomic(path, content):
+    """Write the bytes `content` to a temporary file beside `path`, then rename it over `path`. OSError names `path`.
 
     A reader, or a run killed at any moment, sees the old file or the new one, never a torn one. One writer at a time:
-    run folders are locked, and so are tables of teacher logits.
+    run folders are locked.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # On a full disk torch.save raises a RuntimeError after the write's OSError, and neither names the file.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.errno is None:
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -208,7 +189,7 @@ def write_atomic(path, write):
 
 def write_text(path, text):
     """Write `text` atomically as UTF-8 (what cannot be, from a flag of other bytes, as question marks)."""
-    write_atomic(path, lambda file: file.write(text.encode(errors="replace")))
+    write_atomic(path, text.encode(errors="replace"))
 
 
 def _finite(part):
@@ -227,7 +208,9 @@ def write_json(path, value):
 
 def write_npz(path, arrays):
     """Write a dict of arrays atomically as .npz."""
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_atomic(path, file.getvalue())
 
 
 def read_json(path):
@@ -236,8 +219,11 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_npz(path, keys=None):
-    """The arrays `keys` (None: all) of an .npz as a dict; InputError when it is missing, torn or lacks one."""
+def read_npz(path, keys=None, optional=()):
+    """The arrays `keys` (None: all) of an .npz as a dict, and of `optional` those that it has.
+
+    InputError when it is missing, torn or lacks one of `keys`.
+    """
     with reading(path, "check the path, or make it again"):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -249,7 +235,7 @@ def read_npz(path, keys=None):
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
             if file.zip.testzip():  # numpy compares no checksum where a damaged header asks for less than there is
                 raise ValueError("a checksum does not fit")
-            arrays = {key: file[key] for key in keys}
+            arrays = {key: file[key] for key in file.files if key in keys or key in optional}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("it holds other things than arrays")
         return arrays
@@ -261,8 +247,16 @@ def load_tensors(file, device="cpu"):
         from safetensors.torch import load_file
 
         return load_file(file)
+    if isinstance(file, (str, Path)) and zipfile.is_zipfile(file):
+        names = zipfile.ZipFile(file).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise ValueError("it is a TorchScript archive, a program")
+    # What people save beside their weights, none of which runs code: numbers of NumPy, flags, paths.
+    harmless = [np._core.multiarray.scalar, np.dtype, argparse.Namespace, PosixPath, PurePosixPath]
+    harmless += [type(np.dtype(kind)) for kind in "?bBhHiIqQefd"]
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:  # torch's own advice here is to load it with its code
         raise ValueError("it is damaged, or holds more than tensors and numbers, which is never loaded") from None
 
@@ -322,13 +316,13 @@ def kept_result(path, settings, compute):
 
     path = Path(path)
     if path.exists():
-        with reading(path, "remove it, or discard all with --overwrite"):
+        with reading(path, "remove it, it is made again"):
             kept = read_json(path)
             if kept.get("sha256") != digest(kept.get("result")):
                 raise ValueError("it is not a finished seed, or has changed")
             different = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
         if different:
-            fix = "choose another folder for results, or discard all with --overwrite"
+            fix = "choose another folder for results, or remove it"
             raise InputError(f"{path} was made with other settings ({', '.join(different)}): {fix}")
         return kept["result"]
     started = time.perf_counter()
@@ -357,60 +351,154 @@ def versions():
     return dict(found, git_commit=commit or None, hardware=hardware, threads=torch.get_num_threads())
 
 
+# ---------------------------------------------------------------- logits and labels
+
+LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "test_logits", "test_labels")
+
+
+def read_array(path):
+    """An array [N] or [N, C] from FILE.npy, .npz, .pt, .pth, .safetensors or .csv; FILE:NAME is one of several."""
+    found = re.fullmatch(r"(.+\.(?:npz|pt|pth|safetensors)):(.+)", str(path))
+    file, name = found.groups() if found else (str(path), None)
+    with reading(file, "give what numpy.save, numpy.savez or torch.save wrote, or a .csv of numbers"):
+        if file.endswith(".csv"):
+            return _csv_array(file)
+        if file.endswith((".pt", ".pth", ".safetensors")):
+            arrays = load_tensors(file)
+            if torch.is_tensor(arrays):
+                arrays = {"": arrays}
+            arrays = {key: value for key, value in arrays.items() if torch.is_tensor(value)}
+        else:
+            # Mapped, for a damaged header may ask for more than any memory.
+            arrays = np.load(file, mmap_mode="r", allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                return arrays
+    names = [name] if name else list(arrays)
+    if len(names) != 1 or names[0] not in arrays:
+        raise InputError(f"{file} holds {', '.join(arrays) or 'no arrays'}: name one as {file}:NAME")
+    if not isinstance(arrays, dict):
+        return read_npz(file, names)[names[0]]
+    tensor = arrays[names[0]]
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # numpy has no bfloat16
+    return tensor.numpy()
+
+
+def _csv_array(file):
+    """Numbers or words [N] or [N, C] of a .csv, whose first line may be a header; within `reading`."""
+    cells = np.loadtxt(file, str, delimiter=",", comments=None, ndmin=2, encoding="utf-8-sig")
+    for first in (0, 1):  # line 0 may be a header
+        try:
+            numbers = cells[first:].astype(float)
+        except ValueError:
+            continue
+        if np.array_equal(numbers, numbers.round()):
+            numbers = numbers.astype(np.int64)
+        return numbers[:, 0] if numbers.shape[1] == 1 else numbers
+    return cells[:, 0] if cells.shape[1] == 1 else cells
+
+
+def check_logits(logits, name, like=None):
+    """Logits as float64 [N, C]; InputError when they are not a finite matrix, or not shaped like `like`."""
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) < 8 or logits.dtype.kind not in "fiu":
+        raise InputError(f"{name} is {logits.dtype} {list(logits.shape)}: logits must be numbers [N >= 8, C >= 2]")
+    if like is not None and logits.shape != like.shape:
+        what = f"{name} is {list(logits.shape)} but the teacher's logits are {list(like.shape)}"
+        raise InputError(f"{what}: give the same points in the same order, and the same classes")
+    logits = logits.astype(np.float64)
+    if not np.isfinite(logits).all():
+        row = np.argwhere(~np.isfinite(logits))[0, 0]
+        fix = "give finite logits, clipped if need be"
+        raise InputError(f"{name} has NaN or infinite values (first in row {row}): {fix}")
+    largest = np.abs(logits).max()
+    if largest > 1e6:
+        raise InputError(f"{name} has values up to {largest:.2g}: these are no logits; check what was saved")
+    decimals = 2  # of rounded probabilities
+    while decimals < 6 and np.abs(logits - logits.round(decimals)).max() > 1e-6:
+        decimals += 1
+    sums, slack = logits.sum(1), 0.5 * 10.0**-decimals * logits.shape[1]
+    for whole in (1, 100):
+        if logits.min() >= 0 and np.abs(sums - whole).max() < 1e-3 * whole + slack:
+            fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
+            raise InputError(f"{name} has probabilities, rows that sum to {whole}: {fix}")
+    return logits
+
+
+def check_labels(labels, name, logits):
+    """Labels as int64 [N], words numbered in sorted order; InputError when they do not fit the logits."""
+    labels, (n, classes) = np.asarray(labels), logits.shape
+    if labels.dtype.kind in "US":
+        words, labels = np.unique(labels, return_inverse=True)
+        shown = ", ".join(f"{word} = {k}" for k, word in enumerate(words[:4].tolist()))
+        print(f"{name}: its {len(words)} labels are numbered in sorted order ({shown}{', …' * (len(words) > 4)})")
+    fits = labels.shape == (n,) and labels.dtype.kind in "iu"
+    if not fits or labels.min() < 0 or labels.max() >= classes:
+        there = f"{labels.dtype} {list(labels.shape)}"
+        raise InputError(f"{name} is {there}: it must hold {n} integers within 0..{classes - 1}, or words")
+    return labels.astype(np.int64)
+
+
+def agreement(predicted, other, classes):
+    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the second).
+
+    Rows in another order are readable and give figures, but then one is independent of the other.
+    """
+    shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
+    chance, agreed = float(shares[0] @ shares[1]), float((predicted == other).mean())
+    return agreed, chance, agreed > chance + 2 * math.sqrt(chance * (1 - chance) / len(predicted))
+
+
+def fit_note(fit):
+    """What to say of a teacher that fits this share of its training labels, noisy ones included."""
+    text = f"the teacher fits {100 * fit:.1f}% of its training labels"
+    if fit < 0.9:
+        text += " and does not interpolate them, as the paper's claims suppose"
+    return text
+
+
+def teacher_fit(run):
+    """`fit_note` of a finished run."""
+    arrays = read_npz(Path(run) / "logits.npz", ("train_logits", "train_labels"))
+    return fit_note((arrays["train_logits"].argmax(1) == arrays["train_labels"]).mean())
+
+
+def weights_hash(state):
+    """sha256 of a model's state dict: of all its parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def teacher_hash(file):
+    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
+    if file.suffix == ".npz":
+        return hashlib.sha256(read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
+    return weights_hash(load_checkpoint(file)["model"])
+
+
 # ---------------------------------------------------------------- run folders
 
-# Flags that say where and how to run, not what: a run may be continued with other values of them.
-NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds teacher snapshot_at fast teacher_cache".split()
-NOT_COMPARED += ["tensorboard", "facts.teacher_test_acc", "facts.teacher_train_acc"]
-RUN_FILE = re.compile(
-    r"config\.json|metrics\.jsonl|(checkpoint|snapshot-\d+)\.pt|(logits|teacher)\.npz|events\.out\.tf.+"
-)
-DISCARDED = {"discarded": True}  # config.json of a folder that --overwrite emptied and training has not reached yet
-
-
-def run_pattern(args, default):
-    """The run folders of all seeds, with {seed} for the seed: --out, for several seeds with -s{seed} appended."""
-    out = args.out or f"runs/{default}-s{{seed}}"
-    return out if "{seed}" in out or len(args.seeds) == 1 else f"{out}-s{{seed}}"
+# Flags that say where and how to run, not what: a run may be continued with other values of them. The last line is of
+# flags and facts that only runs of earlier versions have.
+NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds snapshot_at fast facts.teacher".split()
+NOT_COMPARED += ["facts.teacher_test_acc", "facts.teacher_train_acc"]
+NOT_COMPARED += ["teacher", "teacher_cache", "tensorboard", "facts.switch.window"]
+RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|(checkpoint|snapshot-\d+)\.pt|(logits|teacher)\.npz")
 
 
 def run_folder(args, seed, default):
-    """The run folder of one seed."""
-    return Path(run_pattern(args, default).replace("{seed}", str(seed)))
+    """The run folder of one seed: --out with {seed} in it filled in, or for several seeds with -s<seed> appended."""
+    out = args.out or f"runs/{default}-s{{seed}}"
+    if "{seed}" not in out and len(args.seeds) > 1:
+        out += "-s{seed}"
+    return Path(out.replace("{seed}", str(seed)))
 
 
 def default_name(args):
     """The first part of a run's name, from the flags: data and architecture."""
     return f"{Path(args.data.partition(':')[2] or args.data).stem}-{args.arch.removeprefix('torchvision:')}"
-
-
-def ranks():
-    """(rank, world size) of this process under torchrun; (0, 1) otherwise. InputError for half of its variables."""
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing or not all(os.environ[name].isdecimal() for name in needed[:3]):
-        what = ", ".join(missing) or "not as torchrun does"
-        raise InputError(f"RANK is set, but {what}: use torchrun, or unset RANK")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def from_first_rank(decide):
-    """What `decide()` returns or raises in the first process of torchrun, in all of them; the others do not call it."""
-    rank, world = ranks()
-    if world == 1:
-        return decide()
-    answer = [None, None]
-    if not rank:
-        try:
-            answer[0] = decide()
-        except (InputError, OSError) as error:
-            answer[1] = error
-    torch.distributed.broadcast_object_list(answer)
-    if answer[1]:
-        raise answer[1] if not rank else SystemExit(2)
-    return answer[0]
 
 
 @contextmanager
@@ -419,28 +507,22 @@ def locked(run):
 
     The system drops the lock with the process that holds it, however that ends: a file left behind hinders nobody.
     """
-    if ranks()[0]:  # of several ranks the first one writes
-        yield
-        return
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    path, holder = run / ".lock", run / ".lock-holder"
+    path = run / ".lock"
     lock = FileLock(path, timeout=2)  # seconds: a look at a finished run takes a part of one
     try:
         lock.acquire()
-        holder.write_text(f"process {os.getpid()} on {platform.node()}")
     except Timeout:
-        who = holder.read_text() if holder.exists() else "just started"
         advice = "wait for it, or choose another --out"
-        raise InputError(f"{run} is being trained by another process ({who}): {advice}") from None
+        raise InputError(f"{run} is being trained by another process: {advice}") from None
     except OSError as error:
         print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
     try:
         yield
     finally:
-        for file in (holder, path):  # before the release, or another process's would go
-            with suppress(OSError):  # Windows keeps what is open
-                file.unlink()
+        with suppress(OSError):  # before the release, or it would be another process's; Windows keeps what is open
+            path.unlink()
         lock.release()
         if not any(run.iterdir()):  # refused before anything was written
             run.rmdir()
@@ -461,79 +543,89 @@ def start_run(run, args, role, seed, data, model, **facts):
     """Make or check a run folder before training, within `locked(run)`. True when there is something to train.
 
     A finished run of the same settings prints so and returns False, an unfinished one is continued; one of other
-    settings is an InputError unless --overwrite was given. `facts` go into config.json and are compared like the flags.
+    settings is an InputError. --overwrite starts afresh, unless the folder holds a run of another role, which may be
+    the teacher of this one. `facts` go into config.json and are compared like the flags.
     """
-    return from_first_rank(lambda: _start_run(Path(run), args, role, seed, data, model, facts))
-
-
-def _start_run(run, args, role, seed, data, model, facts):
+    run = Path(run)
     flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
     config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts)
-    config |= dict(parameters=sum(p.numel() for p in model.parameters()), command=command_line(), versions=versions())
-    run.mkdir(parents=True, exist_ok=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    config.update(parameters=parameters, command=command_line(), versions=versions())
     for leftover in run.glob(".*.tmp"):  # of a run that was killed while it wrote
         if RUN_FILE.fullmatch(leftover.stem[1:]):
             leftover.unlink()
     path = run / "config.json"
-    if not path.exists() and any(not file.name.startswith(".lock") for file in run.iterdir()):
-        raise InputError(f"{run} is not empty and not a run folder: choose another --out")
-    if args.overwrite or not path.exists() or read_json(path) == DISCARDED:
-        discard_run(run)
+    if not path.exists():
+        others = [file.name for file in run.iterdir() if not file.name.startswith(".lock")]
+        lost = args.overwrite and all(map(RUN_FILE.fullmatch, others))
+        if others and not lost:
+            fix = "choose another --out; if it was a run, --overwrite trains it again"
+            raise InputError(f"{run} is not empty and has no config.json: {fix}")
+    if args.overwrite or not path.exists():
+        discard(run, role)
         write_json(path, config)
         return True
-    before, keys = read_config(run), ("role", "seed", "flags", "data", "facts")
-    pairs = _differences({key: before.get(key) for key in keys}, {key: config[key] for key in keys})
-    differing = {key: text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED}
-    stop, now = before["flags"].get("stop_epoch"), flags.get("stop_epoch")
-    if differing.keys() == {"flags.stop_epoch"} and isinstance(stop, int) and (not now or now > stop):
-        # It goes on: the schedule hangs on --epochs alone.
-        (run / "logits.npz").unlink(missing_ok=True)
-        write_json(path, config)
-        return True
+    before, pairs = read_config(run), []
+    before["flags"] = {**{key: Parser.defaults.get(key) for key in flags}, **before["flags"]}
+    before["facts"].setdefault("loss", facts.get("loss"))  # which earlier versions did not note down
+    for key in ("role", "seed", "flags", "data", "facts"):
+        pairs += _differences({key: before.get(key)}, {key: config[key]})
+    differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
     if differing:
-        shown = "; ".join([*differing.values()][:4])
         fix = "choose another --out, or discard it with --overwrite"
-        raise InputError(f"{run} holds a run with other settings ({shown}): {fix}")
+        raise InputError(f"{run} holds a run with other settings ({'; '.join(differing)}): {fix}")
     finished = (run / "logits.npz").exists()
-    if finished:
+    if finished and not args.quiet:
         print(f"{run} is finished already; --overwrite would train it again")
     return not finished
 
 
 def _differences(before, after, prefix=""):
-    """(dotted key, what was and what is) of every entry in which two nested dicts differ, plain entries first."""
-    for key in sorted(set(before) | set(after), key=lambda key: (isinstance(after.get(key), dict), key)):
+    """(dotted key, what was and what is) of every entry in which two nested dicts differ; of lists the first one."""
+    for key in sorted(set(before) | set(after)):
         was, now = before.get(key), after.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             yield from _differences(was, now, f"{prefix}{key}.")
         elif was != now:
+            if isinstance(was, list) and isinstance(now, list):
+                was, now = next(pair for pair in itertools.zip_longest(was, now) if pair[0] != pair[1])
             yield prefix + key, f"{prefix}{key}: {was!r} there, {now!r} now"
 
 
-def discard_run(run):
-    """Empty a run folder of the files of its run, and no others."""
-    write_json(Path(run) / "config.json", DISCARDED)
-    for file in sorted(Path(run).iterdir(), key=lambda file: file.name != "logits.npz"):  # first what says "finished"
+def source_of(function):
+    """The lines of a function and of those that it calls in its own file: comments, docstrings and layout aside.
+
+    In config.json they tell runs of two losses apart. None where the source is not at hand.
+    """
+    called = [function.__globals__.get(name) for name in function.__code__.co_names]
+    lines = []
+    for part in (function, *called):
+        if not inspect.isfunction(part) or part.__module__ != function.__module__:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        except (OSError, SyntaxError):
+            return None
+        body = tree.body[0].body
+        if ast.get_docstring(tree.body[0]) and len(body) > 1:
+            del body[0]
+        lines += ast.unparse(tree).splitlines()
+    return lines
+
+
+def discard(run, role):
+    """Empty a run folder of the files of its run but config.json, and no others; InputError for a run of another role.
+
+    First goes what says "finished". What is interrupted here still has its old config.json, and is asked again.
+    """
+    there = role
+    with suppress(InputError):  # a damaged one can be started afresh
+        there = read_config(run).get("role")
+    if there != role:
+        raise InputError(f"--overwrite would discard {run}, which holds a {there}: choose another --out")
+    for file in sorted(run.iterdir(), key=lambda file: file.name != "logits.npz"):
         if RUN_FILE.fullmatch(file.name) and file.name != "config.json":
             file.unlink()
-
-
-def discard_runs(args, folders, teachers=()):
-    """With --overwrite, discard all run `folders` now, and clear the flag: interrupted, the command without it goes on.
-
-    InputError when one of them is the run folder of one of the `teachers` that the command itself reads.
-    """
-    if not args.overwrite:  # after all input has been checked
-        return
-    places = {os.path.realpath(run) for run in folders}
-    for teacher in teachers:
-        if os.path.realpath(teacher) in places:
-            raise InputError(f"--overwrite would discard this command's teacher {teacher}: choose another --out")
-    for run in folders:
-        if (Path(run) / "config.json").exists() and not ranks()[0]:
-            with locked(run):
-                discard_run(run)
-    args.overwrite = False
 
 
 def read_config(run):
