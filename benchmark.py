@@ -7,14 +7,14 @@
 The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
 of distillation, the loss read in every step; a speedup is over its best number of workers. Ours are timed in the real
 engine: "eager"; on CUDA "fast" (the step compiled, and one CUDA graph), as are those after it; for distillation "table"
-(of teacher logits), as is that after it; "two processes" (two seeds side by side, each with half of the threads).
+(teacher logits looked up, as in a run of more epochs than an image has views); "two processes" (two seeds side by side,
+each with half of the threads).
 
 Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
-outside. The whole run has them inside, and compilation: so short a run pays more for them than a real one. Writes
-benchmark.json and benchmark.md into --out.
+outside. Writes benchmark.json and benchmark.md into --out.
 """
 
-import argparse
+import copy
 import functools
 import multiprocessing
 import statistics
@@ -33,69 +33,20 @@ import claims
 import common
 import engine
 import runs
-from runs import number
-from train_student import add_student_flags, train_student
+from runs import InputError, number
 
 TEMPERATURE = 4.0
 WORKERS = (0, 1, 2, 8)  # of the peers' DataLoader
 PEERS_BATCH = 64
 
 
-def random_data(images, device, side=32, classes=100, test_images=1000):
-    """Random training images [images, side, side, 3] as `common.Data`."""
-    rng = np.random.RandomState(0)
-    arrays = {}
-    for split, count in (("train", images), ("test", test_images)):
-        arrays[f"x_{split}"] = rng.randint(0, 256, (count, side, side, 3), dtype=np.uint8)
-        arrays[f"y_{split}"] = np.arange(count) % min(classes, images)
+def random_data(images, device):
+    """Random training images [images, 32, 32, 3], and a fifth as many test images, as `common.Data`."""
+    x = np.random.RandomState(0).randint(0, 256, (images + images // 5, 32, 32, 3), dtype=np.uint8)
+    y = np.arange(len(x)) % 100
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/random.npz", **arrays)
+        np.savez(f"{folder}/random.npz", x_train=x[:images], y_train=y[:images], x_test=x[images:], y_test=y[images:])
         return common.load_data(f"npz:{folder}/random.npz", device=device)
-
-
-def build(arch, data, seed, width=1.0):
-    model = common.build_model(arch, data.classes, data.facts["image"], width, seed)
-    return model.to(data.device).to(memory_format=torch.channels_last)
-
-
-# ---------------------------------------------------------------- one step, for estimates
-
-
-@functools.cache
-def seconds_per_image(arch, teacher, side, classes, batch, precision, device, width=1.0, steps=5):
-    """Seconds that a training step of the engine takes here for each of its images; the median of a few steps.
-
-    teacher: the architecture of a teacher whose forward is part of the step, or None. On a CPU, where an image takes
-    about the same time in any batch, of at most 32 images. On CUDA the step is one graph, but not compiled, since that
-    would take a minute for each network.
-    """
-    cuda = device == "cuda"
-    batch = batch if cuda else min(batch, 32)
-    data = random_data(batch, device, side, classes, test_images=1)
-    model = build(arch, data, "student", width)
-    source = engine.TeacherLogits(build(teacher, data, "teacher").eval(), data, precision) if teacher else None
-    optimizer = engine.sgd(model, argparse.Namespace(lr=0.01, momentum=0.9, weight_decay=5e-4, device=device), cuda)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight):
-        logits = model(images).float()
-        if teacher_logits is None:
-            return F.cross_entropy(logits, labels), logits
-        return common.kd_loss(logits, teacher_logits, TEMPERATURE), logits
-
-    take_step = engine.optimiser_step(
-        model, optimizer, engine.image_loss(model, data, loss_fn, source, precision), sums
-    )
-    if cuda:
-        take_step = engine.captured_step(take_step, model, optimizer, batch, sums)
-    every = torch.arange(batch, device=device)
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        take_step((every, torch.zeros_like(every)), 0.0 if teacher else 1.0, 1.0 if teacher else 0.0)
-        sums.sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:]) / batch
 
 
 # ---------------------------------------------------------------- the peers' way
@@ -152,67 +103,65 @@ def peers(data, arch, kd, workers, epochs):
 
 def student_flags(args, arch, kd, batch):
     """Flags of train_student.py for our ways."""
-    parser = argparse.ArgumentParser()
+    parser = runs.Parser(__doc__)
     common.add_flags(parser)
-    add_student_flags(parser)
+    common.add_student_flags(parser)
     words = f"--quiet --data npz:random --arch {arch} --device {args.device} --epochs {args.epochs + 1}".split()
     words += f"--batch-size {min(args.images, batch)} --ce-weight {1 - kd} --kd-weight {int(kd)}".split()
     return engine.resolve(parser.parse_args(words))
 
 
-def train_one(folder, images, flags, table, threads, seed):
-    """Train one student in the run folder folder/s<seed>.
+def train_one(flags, images, table, threads, seed):
+    """Train one student of random images; table: whether its teacher logits are looked up.
 
-    Returns images per second of each epoch, after one of warm-up, and of the whole run.
+    Returns images per second of each epoch, after one of warm-up.
     """
     torch.set_num_threads(threads)
-    data = random_data(images, flags.device, test_images=images // 5)  # as many as CIFAR has
-    run, teacher = Path(folder) / f"s{seed}", None
-    if flags.kd_weight:
-        model, kept = build(flags.arch, data, "teacher").eval(), "epochs" if table else "live"
-        teacher = engine.TeacherLogits(model, data, flags.precision, kept, Path(folder) / "teacher-logits")
-        for epoch in range(flags.epochs) if table else ():  # made before, as by another student of that teacher
-            teacher.follow(("student", seed), epoch, common.epoch_stream(data, "student", seed, epoch)[1])
-            teacher.ready()
-    started = time.perf_counter()
-    train_student(run, flags, seed, data, teacher)
-    whole = common.total_steps(flags, data)[1] * flags.batch_size / (time.perf_counter() - started)
-    return [line["images_per_s"] for line in runs.read_metrics(run)[1:]], whole
-
-
-def ours(images, flags, table=False, processes=1):
-    """What `train_one` returns, for each process."""
+    data, teacher = random_data(images, flags.device), None
+    if table:
+        teacher = engine.TeacherLogits(None, data, plain=torch.randn(images, data.classes, device=data.device))
+    elif flags.kd_weight:
+        model = common.build_model(flags.arch, data.classes, data.facts["image"], seed="teacher").to(data.device)
+        model = model.to(memory_format=torch.channels_last).eval()
+        teacher = engine.TeacherLogits(model, data, flags.precision)
     with tempfile.TemporaryDirectory() as folder:
-        job = (folder, images, flags, table, max(1, torch.get_num_threads() // processes))
-        if processes == 1:
-            return [train_one(*job, 0)]
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
-            return list(pool.map(functools.partial(train_one, *job), range(processes)))
+        run = Path(folder) / "run"
+        engine.train_student(run, flags, seed, data, common.student_loss, teacher)
+        return [line["images_per_s"] for line in runs.read_metrics(run)[1:]]
+
+
+def ours(flags, images, table=False, processes=1):
+    """What `train_one` returns, for each process."""
+    one = functools.partial(train_one, flags, images, table, max(1, torch.get_num_threads() // processes))
+    if processes == 1:
+        return [one(0)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
+        return list(pool.map(one, range(processes)))
 
 
 def measure(args, arch, kd):
     """[dict]: the rows of one architecture and loss; `speedup` is over the best row of the peers."""
     data, loss, rows = random_data(args.images, args.device), "KD" if kd else "one-hot", []
 
-    def add_row(way, batch, results):
-        """results: what `train_one` returns, for each process; peers have no whole run."""
-        rates, whole = zip(*results, strict=True)
+    def add_row(way, batch, rates):
+        """rates: of each epoch of each process."""
         speed = sum(statistics.median(of_process) for of_process in rates)
-        row = dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=list(rates))
-        rows.append(dict(row, whole_run_images_per_s=sum(whole) if whole[0] else None))
+        rows.append(dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=rates))
         print(f"{arch}, {loss}, {way}, batch {batch}: {speed:.0f} images/s", flush=True)
 
     for workers in WORKERS:
-        add_row(f"peers, {workers} workers", PEERS_BATCH, [(peers(data, arch, kd, workers, args.epochs), None)])
+        add_row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)])
     best = max(row["images_per_s"] for row in rows)
     for batch in args.batch_size:
         flags = student_flags(args, arch, kd, batch)
-        eager = argparse.Namespace(**vars(flags) | dict(fast=False))
-        ways = [("eager", eager, {})]
-        ways += [("fast", flags, {})] if flags.fast else []  # on CUDA
-        ways += [("table", flags, dict(table=True))] if kd else []
-        for way, chosen, more in [*ways, ("two processes", flags, dict(table=kd, processes=2))]:
-            add_row(way, flags.batch_size, ours(args.images, chosen, **more))
+        eager = copy.copy(flags)
+        eager.fast = False
+        add_row("eager", flags.batch_size, ours(eager, args.images))
+        if flags.fast:  # on CUDA
+            add_row("fast", flags.batch_size, ours(flags, args.images))
+        if kd:
+            add_row("table", flags.batch_size, ours(flags, args.images, table=True))
+        add_row("two processes", flags.batch_size, ours(flags, args.images, processes=2))
     return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
 
 
@@ -225,7 +174,6 @@ def cuda_facts():
 
     command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", "cuda"]
     tests = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    print(tests.stdout)
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
     ending = dict(passed=tests.returncode == 0, output=(tests.stdout + tests.stderr)[-4000:].splitlines())
     return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver, tests=ending)
@@ -240,31 +188,34 @@ def main(argv=None):
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
     common.add_device_flag(parser)
     add("--gpu-check", action="store_true", help="for an issue: CUDA tests, and ResNet-56 at batch 512 and 1024")
-    add("--out", default="results/benchmark", help="folder for table and JSON")
+    add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
     cuda = args.device == "cuda"
     if args.gpu_check and not cuda:
-        raise runs.InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
+        raise InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
     args.images = args.images or (50_000 if cuda else 5_000)
-    args.arch = args.arch or ["resnet56" if args.gpu_check else "resnet20"]
-    args.batch_size = args.batch_size or ([512, 1024] if args.gpu_check else [512 if cuda else 128])
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if args.gpu_check:
+        args.arch, args.batch_size = args.arch or ["resnet56"], args.batch_size or [512, 1024]
+    args.arch = args.arch or ["resnet20"]
+    args.batch_size = args.batch_size or [512 if cuda else 128]
+    args.out.mkdir(parents=True, exist_ok=True)
 
-    versions = runs.versions() | (cuda_facts() if args.gpu_check else {})
-    rows = [row for arch in args.arch for kd in (False, True) for row in measure(args, arch, kd)]
-    lines = []
+    versions = runs.versions()
+    if args.gpu_check:
+        versions.update(cuda_facts())
+    rows, lines = [], []
+    for arch in args.arch:
+        rows += measure(args, arch, kd=False) + measure(args, arch, kd=True)
     for row in rows:
-        words, whole = [row[key] for key in ("arch", "loss", "way", "batch")], row["whole_run_images_per_s"]
-        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}", f"{whole:.0f}" if whole else "–"])
-    heads = ["model", "loss", "way", "batch", "images/s", "× best peers", "whole run images/s"]
+        words = [row[key] for key in ("arch", "loss", "way", "batch")]
+        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}"])
     text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
-    text += claims.markdown_table(heads, lines)
+    text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
     print(text)
     name = "gpu-check" if args.gpu_check else "benchmark"
-    runs.write_json(out / f"{name}.json", dict(versions=versions, rows=rows))
-    runs.write_text(out / f"{name}.md", text)
+    runs.write_json(args.out / f"{name}.json", dict(versions=versions, rows=rows))
+    runs.write_text(args.out / f"{name}.md", text)
 
 
 if __name__ == "__main__":

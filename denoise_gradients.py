@@ -11,8 +11,6 @@ and along each loss's own run (see `compare`). Runs are trained when missing and
 --out they are those of the switch_distill.py of that --out, which then needs --snapshot-at 0.05 0.25 0.5.
 """
 
-import argparse
-import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -21,23 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from scipy.optimize import brentq
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 import claims
 import common
+import deviation
 import engine
 import runs
-from analyze_deviation import check_logits, phi_of_class
 from runs import InputError, number
-from train_student import add_student_flags, train_student
-from train_teacher import train_teacher
 
 # T²·CE(q, softmax(z/T)), where q is the training label and T = 1; softmax(teacher/T); or, as the control for softness
 # alone, the label smoothed until its entropy is the teacher's mean entropy at T.
-LOSSES = ("onehot", "kd", "smooth")
-STYLES = dict(
+LOSSES = dict(
     onehot=dict(color=claims.COLOURS["onehot"], label="one-hot"),
     kd=dict(color=claims.COLOURS["kd"], label="KD"),
     smooth=dict(color=claims.COLOURS["smoothed"], label="smoothed labels"),
@@ -45,58 +39,93 @@ STYLES = dict(
 BATCH_SIZES = (16, 64, 256, 1024)
 QUARTERS = ("hardest quarter", "second quarter", "third quarter", "easiest quarter")
 UNRESOLVED = 10  # times the number of points: the largest noise scale that is told apart from infinity
-FIXED = ("kd_weight", "ce_weight")  # flags of train_student.py that follow from the kind of run
 
-# ---------------------------------------------------------------- losses and gradients
+# ---------------------------------------------------------------- runs of one seed
 
 
-def soft_loss(logits, target, temperature):
-    """T²·CE(target, softmax(logits/T)) over the last axis: cross-entropy at T = 1, else kd_loss up to a constant.
+def run_folders(args, seed):
+    """{"teacher" or one of LOSSES: run folder}; a --teacher that is given lies elsewhere."""
+    base = args.out or f"runs/{runs.default_name(args)}-denoise"
+    return {what: Path(f"{base}-{what}-s{seed}") for what in ("teacher", *LOSSES)}
 
-    logits, target [..., C]; returns [...]. The constant is T² times the target's entropy, which no gradient sees.
+
+def train_seed(args, seed, data):
+    """Train the teacher and the three students of one seed, unless they are finished already.
+
+    Returns the teacher as `engine.TeacherLogits`, its logits [N, classes] of the un-augmented training images, and the
+    label smoothing that has their mean entropy.
     """
-    return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
+    folders, trained = run_folders(args, seed), None
+    if not args.teacher and not args.teacher_logits:
+        trained = folders["teacher"]
+        engine.train_teacher(trained, args, seed, data)
+    teacher = engine.open_teacher(args, seed, data, trained)
+    logits = teacher.logits.get("train_logits")
+    if logits is None:
+        logits = engine.logits_of(teacher.model, data, data.x_train)
+    smoothing = common.matched_smoothing(logits, args.temperature)
+
+    def smooth_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
+        logits = model(images).float()
+        targets = common.smoothed(labels, data.classes, smoothing)
+        return common.soft_loss(logits, targets, args.temperature).mean(), logits
+
+    one_hot = common.one_hot_flags(args)
+    kept = {*snapshots(args, data).values(), *common.snapshot_steps(args, data)}
+    engine.train_student(folders["onehot"], one_hot, seed, data, common.one_hot_loss, snapshots=kept)
+    engine.train_student(folders["kd"], args, seed, data, common.student_loss, teacher, snapshots=kept)
+    # Teacher and temperature say how much the labels are smoothed.
+    facts = dict(targets="labels smoothed to the teacher's entropy", teacher_sha256=teacher.sha256)
+    engine.train_student(folders["smooth"], one_hot, seed, data, smooth_loss, snapshots=kept, **facts)
+    return teacher, logits, smoothing
 
 
-def matched_smoothing(teacher_logits, temperature):
-    """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
-    probabilities = F.softmax(teacher_logits / temperature, 1).double()
-    entropy, classes = torch.special.entr(probabilities).sum(1).mean().item(), probabilities.shape[1]
-
-    def excess(alpha):
-        p = np.full(classes, alpha / classes)
-        p[0] += 1 - alpha
-        return stats.entropy(p) - entropy
-
-    if entropy <= 0:
-        return 0.0
-    return 1.0 if excess(1.0) <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
+def snapshots(args, data):
+    """{percent: the step before which a student's state is measured}, for each of --percents."""
+    _, total = common.total_steps(args, data)
+    return {percent: min(round(percent / 100 * total), total - 1) for percent in args.percents}
 
 
-def smoothed(labels, classes, smoothing):
-    """Smoothed one-hot targets [N, classes] of labels [N]."""
-    return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
+def states_of(run, args, seed, data):
+    """{percent: state dict} of a student's run, from its start (0) to its end (100)."""
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
+    states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
+    files = {percent: run / f"snapshot-{step}.pt" for percent, step in snapshots(args, data).items()}
+    files[100] = run / "checkpoint.pt"
+    for percent, file in files.items():
+        if not file.exists():
+            shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
+            fix = f"train that run again with --overwrite --snapshot-at {shares}, or give another --out"
+            raise InputError(f"{file} does not exist: {fix}")
+        with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
+            states[percent] = runs.load_checkpoint(file, data.device)["model"]
+            model.load_state_dict(states[percent])
+    return states
+
+
+# ---------------------------------------------------------------- gradients
 
 
 def per_example_gradients(model, images, targets, temperature):
-    """Gradient of `soft_loss` of every example: one [B, p] per parameter of the model, in its order.
+    """Gradient of `common.soft_loss` of every example: one [B, p] per parameter of the model, in its order.
 
     images [B, ...] float, targets [B, C]; the model must be in eval mode, or batch norm would mix the examples.
     """
     parameters = {name: value.detach() for name, value in model.named_parameters()}
 
     def loss(parameters, image, target):
-        return soft_loss(functional_call(model, parameters, (image[None],))[0], target, temperature)
+        logits = functional_call(model, parameters, (image[None],))[0]
+        return common.soft_loss(logits, target, temperature)
 
     gradients = vmap(grad(loss), (None, 0, 0))(parameters, images, targets)
     return [gradients[name].flatten(1) for name in parameters]
 
 
 def mean_gradient(model, images, targets, temperature, chunk=1000):
-    """Gradient [P] of the mean `soft_loss` over all examples, by ordinary backpropagation."""
+    """Gradient [P] of the mean `common.soft_loss` over all examples, by ordinary backpropagation."""
     total = 0
     for k in range(0, len(images), chunk):
-        loss = soft_loss(model(images[k : k + chunk]), targets[k : k + chunk], temperature).sum()
+        loss = common.soft_loss(model(images[k : k + chunk]), targets[k : k + chunk], temperature).sum()
         total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     return total / len(images)
 
@@ -130,27 +159,34 @@ class Points(NamedTuple):
 
     images: torch.Tensor  # [N, C, H, W]
     held_out: tuple  # (images, targets) of the held-out images
-    groups: dict  # {name: bool array [N]}
+    quarter: np.ndarray  # [N] of QUARTERS
     weights: torch.Tensor  # [R, N], see `batch_weights`
-    rows: dict  # {key: slice of R}
+    rows: dict  # {batch size: slice of R}
     step_size: int  # the batch size of training
 
 
-def batch_weights(groups, step_size, count, generator):
-    """weights [R, N], a row for each mini-batch, drawn with replacement as the noise scale supposes; {key: slice of R}.
+def batch_weights(n, step_size, count, generator):
+    """`count` mini-batches of each of BATCH_SIZES and of step_size, drawn with replacement as the noise scale supposes.
 
-    Keys: `count` batches of each of BATCH_SIZES and of step_size, and half as many batches of step_size of each group.
+    Returns weights [R, n], a row for each mini-batch, and {size: slice of R}.
     """
-    n = len(next(iter(groups.values())))
-    draws = [(size, np.arange(n), size, count) for size in sorted({*BATCH_SIZES, step_size})]
-    draws += [(name, np.flatnonzero(member), step_size, max(2, count // 2)) for name, member in groups.items()]
-    parts, rows, start = [], {}, 0
-    for key, members, size, batches in draws:
-        chosen = torch.as_tensor(members)[torch.randint(len(members), (batches, size), generator=generator)]
-        parts.append(torch.zeros(batches, n).scatter_add_(1, chosen, torch.ones(batches, size)) / size)
-        rows[key] = slice(start, start + batches)
-        start += batches
+    parts, rows = [], {}
+    for k, size in enumerate(sorted({*BATCH_SIZES, step_size})):
+        chosen = torch.randint(n, (count, size), generator=generator)
+        parts.append(torch.zeros(count, n).scatter_add_(1, chosen, torch.ones(count, size)) / size)
+        rows[size] = slice(k * count, (k + 1) * count)
     return torch.cat(parts), rows
+
+
+def points_of(args, seed, data, chosen, x):
+    """The `Points` of the training images `chosen`, whose teacher confidence is x [N]; the lowest x are the hardest."""
+    quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * len(QUARTERS) // len(x)
+    step_size = min(args.batch_size, len(data.y_train))
+    weights, rows = batch_weights(len(x), step_size, args.batches, common.generator("denoise", seed))
+    test_images, test_labels = common.some_test_images(data, args.held_out or len(data.y_test))
+    held_out = data.normalise(test_images).contiguous(), F.one_hot(test_labels, data.classes).float()
+    images = data.normalise(data.x_train[chosen]).contiguous()
+    return Points(images, held_out, quarter, weights.to(data.device), rows, step_size)
 
 
 def noise_scale(mean_square, square_of_mean, n):
@@ -162,183 +198,119 @@ def noise_scale(mean_square, square_of_mean, n):
     """
     trace = (mean_square - square_of_mean) * n / (n - 1)
     signal = square_of_mean - trace / n
-    return trace, signal, trace / max(signal, trace / (UNRESOLVED * n)) if trace > 0 else 0.0
+    if trace <= 0:
+        return trace, signal, 0.0
+    return trace, signal, trace / max(signal, trace / (UNRESOLVED * n))
 
 
 def measure(model, points, losses):
     """Statistics of each loss at the model's parameters: {loss: {statistic: float}}, with "deviation" an array [N].
 
     losses: {name: (targets [N, C], temperature)}. The model is in eval mode.
-    noise_scale: see there; "deviation" and "noise <group>" are the parts of points and groups, whose mean it is
+    noise_scale: see there; "deviation" and "noise <quarter>" are the parts of points and quarters, whose mean it is
     cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on held-out images; mean over the
-        batches of each size and group
+        batches of each size
     first_order: decrease of the held-out loss by a short step along a mini-batch gradient scaled to unit length, as a
         share of what steepest descent gains: the cosine for batches of the training's size
     """
     uphill, found = mean_gradient(model, *points.held_out, 1.0), {}
-    for name, (targets, temperature) in losses.items():
+    for loss, (targets, temperature) in losses.items():
         mean, squares, inner, batches = stream(model, points.images, targets, temperature, points.weights)
         square_of_mean = float(mean @ mean)
         trace, signal, scale = noise_scale(float(squares.mean()), square_of_mean, len(squares))
-        deviation = (squares - 2 * inner + square_of_mean).clamp(min=0).cpu().numpy()
-        deviation = deviation * (scale / max(deviation.mean(), 1e-30))
-        one = dict(trace=trace, signal=signal, noise_scale=scale, deviation=deviation)
-        for group, member in points.groups.items():
-            one[f"noise {group}"] = float(deviation[member].mean())
+        deviations = (squares - 2 * inner + square_of_mean).clamp(min=0).cpu().numpy()
+        deviations = deviations * (scale / max(deviations.mean(), 1e-30))
+        one = dict(trace=trace, signal=signal, noise_scale=scale, deviation=deviations)
+        for k, name in enumerate(QUARTERS):
+            one[f"noise {name}"] = float(deviations[points.quarter == k].mean())
 
         norms = batches.norm(dim=1).clamp(min=1e-30)
         cosines = batches @ uphill / norms / max(float(uphill.norm()), 1e-30)
-        for key in (*BATCH_SIZES, *points.groups):
-            one[f"cos_held_out {key}"] = float(cosines[points.rows[key]].mean())
+        for size in BATCH_SIZES:
+            one[f"cos_held_out {size}"] = float(cosines[points.rows[size]].mean())
         one["first_order"] = float(cosines[points.rows[points.step_size]].mean())
-        found[name] = one
+        found[loss] = one
     return found
 
 
-# ---------------------------------------------------------------- runs
-
-
-def run_folder(what, args, seed):
-    """Run folder of `what`, the teacher or one of LOSSES."""
-    if what == "teacher" and args.teacher:
-        return Path(args.teacher.replace("{seed}", str(seed)))
-    return Path(f"{args.out or f'runs/{runs.default_name(args)}-denoise'}-{what}-s{seed}")
-
-
-def train_smooth(run, args, seed, data, teacher, smoothing, snapshots):
-    """Train the control for softness in the run folder `run`, unless it is finished already."""
-
-    def loss_fn(student, images, labels, teacher_logits, ce_weight, kd_weight):
-        logits = student(images).float()
-        return soft_loss(logits, smoothed(labels, data.classes, smoothing), args.temperature).mean(), logits
-
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-    # Teacher and temperature say how much the labels are smoothed.
-    facts = dict(targets="labels smoothed to the teacher's entropy")
-    facts["teacher_sha256"] = engine.weights_hash(teacher.state_dict())
-    with runs.locked(run):
-        if runs.start_run(run, args, "student", seed, data, model, **facts):
-            engine.train_images(run, model, data, args, "student", seed, loss_fn, snapshots=snapshots)
-
-
-def student_states(what, args, seed, data, teacher, smoothing):
-    """{percent: state dict} of the student run `what`, from 0 to 100; trained now when it is missing."""
-    run, kd, total = run_folder(what, args, seed), float(what == "kd"), common.total_steps(args, data)[1]
-    steps = {percent: min(round(percent / 100 * total), total - 1) for percent in args.percents}
-    kept = {*steps.values(), *common.snapshot_steps(args, data)}
-    flags = common.only_flags(args, common.add_flags, add_student_flags, kd_weight=kd, ce_weight=1 - kd)
-    if what == "smooth":
-        train_smooth(run, flags, seed, data, teacher, smoothing, kept)
-    else:
-        tables = run.parent / "teacher-logits"
-        source = engine.teacher_source(args, data, 1, 1, tables) if kd else None
-        teacher = engine.TeacherLogits(teacher, data, args.precision, source, tables) if kd else None
-        train_student(run, flags, seed, data, teacher, snapshots=kept)
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
-    states = {0: {name: value.clone() for name, value in model.state_dict().items()}}
-    files = {percent: run / f"snapshot-{step}.pt" for percent, step in steps.items()} | {100: run / "checkpoint.pt"}
-    for percent, file in files.items():
-        if not file.exists():
-            shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
-            fix = f"train that run again with --overwrite --snapshot-at {shares}, or give another --out"
-            raise InputError(f"{file} does not exist: {fix}")
-        with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
-            states[percent] = runs.load_checkpoint(file, data.device)["model"]
-            model.load_state_dict(states[percent])
-    return states
-
-
-# ---------------------------------------------------------------- one seed
-
-
-def kept_file(args, seed):
-    return Path(args.results) / "seeds" / f"denoise-s{seed}.json"
+# ---------------------------------------------------------------- measuring one seed
 
 
 def measure_seed(args, seed, data):
-    """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`."""
-    folder = run_folder("teacher", args, seed)
-    if not args.teacher:
-        train_teacher(folder, args, seed, data)
-    teacher = engine.load_teacher(folder, data)
-    logits = engine.logits_of(teacher, data, data.x_train)
-    smoothing = matched_smoothing(logits, args.temperature)
-    states, weights = {}, [engine.weights_hash(teacher.state_dict())]
-    for what in LOSSES:
-        states[what] = student_states(what, args, seed, data, teacher, smoothing)
-        weights += [engine.weights_hash(state) for state in states[what].values()]
-    settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
-    settings |= dict(vars(common.only_flags(args, add_measuring_flags)), data=data.facts, weights=weights)
-    settings["test_images"] = "drawn evenly over classes"
+    """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`.
 
-    compute = functools.partial(measurements, args, seed, data, states, logits, smoothing)
-    return runs.kept_result(kept_file(args, seed), settings, compute)
+    fit: the share of its training labels that the teacher fits.
+    """
+    teacher, logits, smoothing = train_seed(args, seed, data)
+    folders = run_folders(args, seed)
+    states = {what: states_of(folders[what], args, seed, data) for what in LOSSES}
+    settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
+    settings.update(vars(common.only_flags(args, add_measuring_flags)), data=data.facts)
+    settings["weights"] = [teacher.sha256]
+    for what in LOSSES:
+        settings["weights"] += [runs.weights_hash(state) for state in states[what].values()]
+    settings["test_images"] = "drawn evenly over classes"
+    kept = args.results / "seeds" / f"denoise-s{seed}.json"
+    if args.overwrite:
+        kept.unlink(missing_ok=True)
+
+    def compute():
+        accuracy = {what: runs.last_metrics(folders[what])["test_acc"] for what in LOSSES}
+        if teacher.model:
+            hits = engine.logits_of(teacher.model, data, data.x_test).argmax(1) == data.y_test
+            accuracy["teacher"] = hits.double().mean().item()
+        found = measurements(args, seed, data, states, logits, smoothing)
+        return dict(found, accuracy=accuracy)
+
+    fit = (logits.argmax(1) == data.y_train).double().mean().item()
+    return dict(runs.kept_result(kept, settings, compute), fit=fit)
 
 
 def measurements(args, seed, data, states, logits, smoothing):
-    """Plain numbers and lists: test accuracy of each run; table {run: {percent: {loss: {statistic: number}}}}; of each
-    point the teacher's confidence x [N], the student–teacher gap [N] and `point_reductions`; in words, over what."""
-    accuracy = {what: runs.last_metrics(run_folder(what, args, seed))["test_acc"] for what in ("teacher", *LOSSES)}
+    """Plain numbers and lists of one seed.
+
+    table: {run: {percent: {loss: {statistic: number}}}}; gradients: in words, over what. Of each point: the teacher's
+    confidence x [N], the student–teacher gap [N], and reductions, the fall of its part of the noise scale from onehot
+    to kd at shared parameters, relative to the sum of both scales [N].
+    """
     chosen = torch.arange(len(data.y_train))
     if args.points and args.points < len(chosen):  # the same for every checkpoint and loss
         chosen = torch.randperm(len(chosen), generator=common.generator("points", seed))[: args.points].sort().values
     chosen = chosen.to(data.device)
-    teacher = logits[chosen].cpu().numpy()
-    predicted = teacher.argmax(1)
-    x = phi_of_class(teacher, predicted)
-    file = run_folder("kd", args, seed) / "logits.npz"
-    student = check_logits(runs.read_npz(file, engine.LOGITS)["train_logits"], file, logits)
-    gap = phi_of_class(student[chosen.cpu().numpy()], predicted) - x
+    predicted = logits[chosen].argmax(1).cpu().numpy()
+    x = deviation.phi_of_class(logits[chosen].cpu().numpy(), predicted)
+    file = run_folders(args, seed)["kd"] / "logits.npz"
+    student = runs.check_logits(runs.read_npz(file, runs.LOGITS)["train_logits"], file, logits)
+    gap = deviation.phi_of_class(student[chosen.cpu().numpy()], predicted) - x
 
     points = points_of(args, seed, data, chosen, x)
     labels, temperature = data.y_train[chosen], args.temperature
     losses = dict(
         onehot=(F.one_hot(labels, data.classes).float(), 1.0),
         kd=(F.softmax(logits / temperature, 1)[chosen], temperature),
-        smooth=(smoothed(labels, data.classes, smoothing), temperature),
+        smooth=(common.smoothed(labels, data.classes, smoothing), temperature),
     )
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width).to(data.device)
-    table = {what: {} for what in LOSSES}
-    bar = tqdm(total=sum(map(len, states.values())), desc=f"gradients, seed {seed}", leave=False, disable=None)
+    table, reductions = {what: {} for what in LOSSES}, []
     for what in LOSSES:
         here = {"smooth": losses["smooth"]} if what == "smooth" else losses
-        for percent, state in states[what].items():
-            bar.update()
+        bar = tqdm(states[what].items(), f"gradients along {what}, seed {seed}", leave=False, disable=None)
+        for percent, state in bar:
             if percent == 0 and what != "onehot":  # the three runs start from the same parameters
                 table[what]["0"] = table["onehot"]["0"]
                 continue
             model.load_state_dict(state)
-            table[what][f"{percent:g}"] = measure(model.eval(), points, here)
-    bar.close()
-    reductions = point_reductions(table)
-    for by_percent in table.values():
-        for found in by_percent.values():
-            for one in found.values():
-                one.pop("deviation", None)
+            found = measure(model.eval(), points, here)
+            deviations = {loss: one.pop("deviation") for loss, one in found.items()}
+            table[what][f"{percent:g}"] = found
+            if what != "smooth":
+                scales = found["onehot"]["noise_scale"] + found["kd"]["noise_scale"]
+                reductions.append((deviations["onehot"] - deviations["kd"]) / max(scales, 1e-12))
+    reductions = dict(shared=np.mean(reductions, 0).tolist())
     parameters = sum(value.numel() for value in model.parameters())
     what = f"exact gradients of all {parameters} parameters on {len(chosen)} of {len(data.y_train)} training images"
-    found = dict(accuracy=accuracy, smoothing=smoothing, table=table, reductions=reductions, gradients=what)
+    found = dict(smoothing=smoothing, table=table, reductions=reductions, gradients=what)
     return dict(found, x=x.tolist(), gap=gap.tolist())
-
-
-def points_of(args, seed, data, chosen, x):
-    """The `Points` of the training images `chosen`, whose teacher confidence is x [N].
-
-    Their groups are quarters of x, hardest is lowest as in Figure 1a, and, with label noise, clean and flipped labels.
-    """
-    quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * 4 // len(x)
-    groups = {name: quarter == k for k, name in enumerate(QUARTERS)}
-    flipped = (data.y_train != data.y_clean)[chosen].cpu().numpy()
-    if flipped.any():
-        groups |= {"clean labels": ~flipped, "flipped labels": flipped}
-    groups = {name: member for name, member in groups.items() if member.any()}
-    step_size = min(args.batch_size, len(data.y_train))
-    weights, rows = batch_weights(groups, step_size, args.batches, common.generator("denoise", seed))
-    weights = weights.to(data.device)
-    test_images, test_labels = common.some_test_images(data, args.held_out or len(data.y_test))
-    held_out = data.normalise(test_images).contiguous(), F.one_hot(test_labels, data.classes).float()
-    images = data.normalise(data.x_train[chosen]).contiguous()
-    return Points(images, held_out, groups, weights, rows, step_size)
 
 
 # ---------------------------------------------------------------- claims
@@ -346,7 +318,11 @@ def points_of(args, seed, data, chosen, x):
 
 def shared_checkpoints(table):
     """[{loss: statistics}] at the parameters where all losses were measured, the common start counted once."""
-    return [at for run in ("onehot", "kd") for percent, at in table[run].items() if (run, percent) != ("kd", "0")]
+    found = list(table["onehot"].values())
+    for percent, at in table["kd"].items():
+        if percent != "0":
+            found.append(at)
+    return found
 
 
 def log_ratio(a, b):
@@ -370,38 +346,6 @@ def compare(seed, other):
     }
 
 
-def point_reductions(table):
-    """Each point's reduction of the noise scale from onehot to kd, relative to their sum: −1..1 in total.
-
-    Two lists [N]: mean over the shared checkpoints, and with each loss along its own run.
-    """
-
-    def reduction(onehot, kd):
-        return (onehot["deviation"] - kd["deviation"]) / max(onehot["noise_scale"] + kd["noise_scale"], 1e-12)
-
-    shared = [reduction(at["onehot"], at["kd"]) for at in shared_checkpoints(table)]
-    own = [reduction(table["onehot"][p]["onehot"], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
-    return dict(shared=np.mean(shared, 0).tolist(), own=np.mean(own, 0).tolist())
-
-
-def compare_hardest(seed):
-    """Comparisons on where the noise falls in one seed, as in `compare`; each is hardest − |rest|, the parts of the
-    reduction on the hardest quarter of points and on the others: positive when more than half is on the hardest."""
-    hardest = np.argsort(seed["x"], kind="stable")[: math.ceil(len(seed["x"]) / 4)]
-
-    def hardest_minus_rest(values):
-        values = np.array(values, np.float32)
-        part = values[hardest].sum() / len(values)
-        return part - abs(values.mean() - part)
-
-    gains = []
-    for group in QUARTERS:
-        key, shared = f"cos_held_out {group}", shared_checkpoints(seed["table"])
-        gains.append(np.mean([at["kd"][key] - at["onehot"][key] for at in shared]) / 4)
-    i, ii = (hardest_minus_rest(seed["reductions"][key]) for key in ("shared", "own"))
-    return dict(i=i, ii=ii, iii=gains[0] - abs(sum(gains[1:])))
-
-
 def link(seed):
     """Spearman correlations of each point's reduction with the gap Y − X: plain, and with X held fixed."""
     r = np.corrcoef([stats.rankdata(values) for values in (seed["reductions"]["shared"], seed["gap"], seed["x"])])
@@ -410,29 +354,24 @@ def link(seed):
 
 
 def denoise_claims(seeds):
-    """Claims rows: the comparisons and their joint verdict for each claim, and the link to the student–teacher gap."""
-    where = {
-        "i": "shared parameters",
-        "ii": "own runs at the same progress",
-        "iii": "decrease of the clean held-out loss at shared parameters",
-    }
-    scales, decrease = "log ratio of noise scales, {} / KD", "decrease, share of steepest descent, KD minus {}"
-    part = "part on the hardest quarter minus the size of the rest"
-    gain = "gain in decrease of batches of the hardest quarter, minus the size of the others'"
+    """Claims rows: `compare` with its joint verdict, with either loss; and the link to the student–teacher gap."""
     rows = []
     for text, other, name in (
         ("KD gradients are less noisy than one-hot gradients", "onehot", "one-hot"),
-        ("most of the reduction is on hard points", None, None),
         ("the reduction is not explained by softness alone", "smooth", "smoothed"),
     ):
-        values = [compare(seed, other) if other else compare_hardest(seed) for seed in seeds]
-        notes = [note.format(name) for note in (scales, scales, decrease)]
-        notes = notes if other else [part, part, f"{gain}, weighted by points"]
-        parts = {}
-        for key, note in zip(values[0], notes, strict=True):
+        scales = f"log ratio of noise scales, {name} / KD"
+        decrease = f"decrease, share of steepest descent, KD minus {name}"
+        values, parts, verdicts = [compare(seed, other) for seed in seeds], [], {}
+        for key, where, note in (
+            ("i", "shared parameters", scales),
+            ("ii", "own runs at the same progress", scales),
+            ("iii", "decrease of the clean held-out loss at shared parameters", decrease),
+        ):
             measured = claims.mean_interval([value[key] for value in values])
-            parts[key] = claims.claim(f"{text}: ({key}) {where[key]}", "> 0", *measured, 0, note=note)
-        rows += [claims.joint_claim(text, {key: row["verdict"] for key, row in parts.items()}), *parts.values()]
+            parts.append(claims.claim(f"{text}: ({key}) {where}", "> 0", *measured, 0, note=note))
+            verdicts[key] = parts[-1]["verdict"]
+        rows += [claims.joint_claim(text, verdicts), *parts]
     rows[0] = claims.headline(rows[0], "§5")
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
@@ -452,11 +391,11 @@ def bands(axis, seeds, xs, value_of, scale=np.asarray):
         for x in xs:
             cell = claims.over_seeds([value_of(seed["table"], loss, x) for seed in seeds])
             cells.append({key: scale(value) for key, value in cell.items()})
-        claims.band(axis, [float(x) for x in xs], cells, **STYLES[loss])
+        claims.band(axis, [float(x) for x in xs], cells, **LOSSES[loss])
 
 
 def curves(axes, seeds, batch_size):
-    """Four axes: noise scale at shared parameters and along own runs, alignment, decrease; as in `compare`."""
+    """Five axes: noise scale at shared parameters and along own runs, alignment, decrease; noise by quarter."""
 
     def noise(table, loss, percent, of=("onehot", "kd")):
         return np.mean([math.log(max(table[run][percent][loss]["noise_scale"], 1e-12)) for run in of])
@@ -470,53 +409,39 @@ def curves(axes, seeds, batch_size):
     def decrease(table, loss, percent):
         return np.mean([table[run][percent][loss]["first_order"] for run in ("onehot", "kd")])
 
+    def of_quarter(table, loss, k):  # in logs: late checkpoints, whose scale is far larger, would drown the rest
+        pairs = [(at[loss][f"noise {QUARTERS[k]}"], at["onehot"]["noise_scale"]) for at in shared_checkpoints(table)]
+        return np.mean([math.log(max(part, 1e-12) / max(whole, 1e-12)) for part, whole in pairs])
+
     percents = list(seeds[0]["table"]["kd"])
-    for axis, value_of, title in (
-        (axes[0], noise, "(i) Noise at shared parameters"),
-        (axes[1], own_noise, "(ii) Noise along each loss's own run"),
-    ):
-        bands(axis, seeds, percents, value_of, np.exp)
-        axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)", title=title)
+    bands(axes[0], seeds, percents, noise, np.exp)
+    axes[0].set_title("(i) Noise at shared parameters")
+    bands(axes[1], seeds, percents, own_noise, np.exp)
+    axes[1].set_title("(ii) Noise along each loss's own run")
+    for axis in axes[:2]:
+        axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)")
     bands(axes[2], seeds, BATCH_SIZES, cosine)
     axes[2].set(xscale="log", xlabel="batch size", ylabel="cosine with held-out gradient")
-    axes[2].set(title="(iii) Alignment, shared parameters")
+    axes[2].set_title("(iii) Alignment, shared parameters")
     axes[2].set_xticks(BATCH_SIZES, BATCH_SIZES)
     axes[2].minorticks_off()
     bands(axes[3], seeds, percents, decrease)
     axes[3].axhline(0, color="black", lw=0.8)
     axes[3].set(xlabel="training steps (%)", ylabel="share of steepest descent")
-    axes[3].set(title=f"(iii) Decrease, batches of {batch_size}")
+    axes[3].set_title(f"(iii) Decrease, batches of {batch_size}")
+    bands(axes[4], seeds, range(len(QUARTERS)), of_quarter, np.exp)
+    axes[4].set(yscale="log", xlabel="quarter by teacher confidence", ylabel="relative to one-hot on all points")
+    axes[4].set_title("Noise by quarter, shared parameters")
+    axes[4].set_xticks(range(len(QUARTERS)), [name.split()[0] for name in QUARTERS])
 
 
-def groups_panel(axis, seeds):
-    """Noise of the points of each group relative to the one-hot noise scale, at shared parameters.
+def plot(seeds, args):
+    """The figure: what `compare` compares; where the noise falls, by quarter and by point, over the gap Y − X."""
+    figure, axes = claims.pyplot().subplots(2, 3, figsize=(9.5, 6.4))
+    curves(axes.flat[:5], seeds, args.batch_size)
+    claims.legend_below(figure, axes[0, 0])
 
-    Geometric means over checkpoints: late ones, whose noise scale is far larger, would drown the rest otherwise.
-    """
-
-    def relative(table, loss, group):
-        logs = []
-        for at in shared_checkpoints(table):
-            share = at[loss][f"noise {group}"] / max(at["onehot"]["noise_scale"], 1e-12)
-            logs.append(math.log(max(share, 1e-12)))
-        return math.exp(np.mean(logs))
-
-    found = claims.over_seeds([seed["table"]["onehot"]["0"]["kd"] for seed in seeds])
-    groups = [key.removeprefix("noise ") for key in found if key.startswith("noise ")]
-    for k, loss in enumerate(LOSSES):
-        cells = [claims.over_seeds([relative(seed["table"], loss, group) for seed in seeds]) for group in groups]
-        values, places = [cell["value"] for cell in cells], np.arange(len(groups)) + 0.27 * (k - 1)
-        bars = [cell["value"] - cell["low"] if len(seeds) > 1 else 0 for cell in cells]
-        axis.bar(places, values, 0.25, color=STYLES[loss]["color"])
-        axis.errorbar(places, values, bars, fmt="none", color="black", lw=0.8, capsize=2 * (len(seeds) > 1))
-        axis.plot(places, [cell["seeds"] for cell in cells], ".", ms=2, color="0.3")
-    axis.set(ylabel="relative to one-hot on all points", title="Noise by group, shared parameters")
-    axis.set_xticks(range(len(groups)), [group.split()[0] for group in groups], rotation=25)
-    axis.set_xlabel("quarter by teacher confidence" + ", or label" * (len(groups) > len(QUARTERS)))
-
-
-def gap_panel(figure, axis, seeds):
-    """Each point's reduction against the student–teacher gap, coloured by teacher confidence."""
+    axis = axes[1, 2]
     gap, x = (np.concatenate([seed[key] for seed in seeds]) for key in ("gap", "x"))
     reductions = np.concatenate([seed["reductions"]["shared"] for seed in seeds])
     points = axis.scatter(gap, reductions, s=3, alpha=0.4, c=x, cmap="viridis", rasterized=True)
@@ -526,16 +451,9 @@ def gap_panel(figure, axis, seeds):
     axis.set(xlabel="student–teacher gap Y − X", ylabel="noise reduction", title=f"Points, Spearman {correlation}")
     axis.set_yscale("symlog", linthresh=0.1)
 
-
-def plot(seeds, args):
-    """The figure: what `compare` compares, then where the noise falls."""
-    figure, axes = claims.pyplot().subplots(2, 3, figsize=(9.5, 6.4))
-    curves(axes.flat[:4], seeds, args.batch_size)
-    groups_panel(axes[1, 1], seeds)
-    gap_panel(figure, axes[1, 2], seeds)
-    claims.legend_below(figure, axes[0, 0])
     over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}\n{seeds[0]['gradients']}")
+    fit = runs.fit_note(np.mean([seed["fit"] for seed in seeds]))
+    figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}; {fit}\n{seeds[0]['gradients']}")
     claims.save_figure(figure, args.results, "denoise")
 
 
@@ -555,51 +473,34 @@ def add_measuring_flags(parser):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>-denoise)")
-    add_student_flags(parser)
+    common.add_student_flags(parser)
+    common.add_teacher_flags(parser)
     add_measuring_flags(parser)
-    add = parser.add_argument_group("results").add_argument
-    add("--results", default="results/denoise", metavar="FOLDER", help="folder for figure, statistics and claims")
-    common.add_process_flags(parser)
+    add = parser.add_argument_group("figure").add_argument
+    results = "folder for figure, statistics and claims"
+    add("--results", type=Path, default=Path("results/denoise"), metavar="FOLDER", help=results)
+    add("--train-only", action="store_true", help="train and measure what is missing, and draw nothing")
     parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True)
-    for action in parser._actions:
-        if action.dest in FIXED:
-            action.help = argparse.SUPPRESS
-
     args = engine.resolve(parser.parse_args(argv))
-    runs.check_prefix(args)
-    args.percents = sorted(set(args.percents))
-    args.snapshot_at = sorted({*args.snapshot_at, *(percent / 100 for percent in args.percents)})
-    for name in FIXED:
-        if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} follows from the kind of run here: leave it out")
+    if (args.kd_weight, args.ce_weight) != (1, 0):
+        raise InputError("the three losses are fixed here: leave --kd-weight and --ce-weight out")
     if 0 < args.points < 8:
         raise InputError(f"--points {args.points} is too few for quarters: use 8 or more, or 0 for all")
+    args.percents = sorted(set(args.percents))
+    args.snapshot_at = sorted({*args.snapshot_at, *(percent / 100 for percent in args.percents)})
     data = common.data_from(args)
-    if data.mapped:
-        raise InputError("gradients are taken of images in memory, where these do not fit: give a smaller --image-size")
-    common.check_model(args, data)
-    seeds = engine.shard_of(args)
-    teachers = sorted({run_folder("teacher", args, seed) for seed in seeds})
-    given, made = (teachers, []) if args.teacher else ([], teachers)
-    for run in given:
-        engine.load_teacher(run, data)  # a wrong one fails before anything is discarded
-    planned = [run_folder(what, args, seed) for seed in seeds for what in LOSSES]
-    if args.overwrite:
-        for seed in seeds:
-            kept_file(args, seed).unlink(missing_ok=True)
-    runs.discard_runs(args, planned + made, given)
-    kept_file(args, 0).parent.mkdir(parents=True, exist_ok=True)
+    (args.results / "seeds").mkdir(parents=True, exist_ok=True)
 
-    engine.run_jobs(args)
-    found = [measure_seed(args, seed, data) for seed in seeds]
-    if engine.only_a_shard(args):
+    found = [measure_seed(args, seed, data) for seed in args.seeds]
+    if args.train_only:
         return
     summary = dict(seeds=args.seeds, gradients=found[0]["gradients"], smoothing=[seed["smoothing"] for seed in found])
     summary["accuracy"] = claims.over_seeds([seed["accuracy"] for seed in found])
     summary["link"] = claims.over_seeds([link(seed) for seed in found])
     summary["tables"] = claims.over_seeds([seed["table"] for seed in found])
-    runs.write_json(Path(args.results) / "denoise.json", summary)
-    claims.save_claims(args.results, denoise_claims(found), f"Student's t over {len(found)} seeds")
+    runs.write_json(args.results / "denoise.json", summary)
+    fit = runs.fit_note(np.mean([seed["fit"] for seed in found]))
+    claims.save_claims(args.results, denoise_claims(found), f"{claims.seeds_scope(len(found))}; {fit}")
     plot(found, args)
 
 

@@ -18,16 +18,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import analyze_deviation
 import claims
 import common
+import deviation
 import engine
 import runs
 from runs import InputError, number
-from train_student import add_student_flags, train_student
-from train_teacher import train_teacher
 
-# (split, kind, network, statistic) of `analyze_deviation.replicates`
+# (split, kind, network, statistic) of `deviation.replicates`
 MEASURES = {
     "fit": ("train", "fidelity", "teacher", "accuracy"),
     "teacher_accuracy": ("test", "fidelity", "teacher", "accuracy"),
@@ -44,41 +42,36 @@ MEASURES = {
 PERCENT = [name for name, key in MEASURES.items() if key[-1] in ("accuracy", "low_below")]
 
 
-def student_folder(base, share, seed):
-    """The student of the teacher stopped at `share`; that of the whole teacher is switch_distill.py's."""
-    return Path(f"{base}-kd-s{seed}" if share == 1 else f"{base}-kd-of-{share:g}-s{seed}")
+def train_seed(base, args, seed, data, shares):
+    """Train the teacher, the one-hot control, and a student of the teacher as it was at each of `shares`.
 
-
-def train_seed(base, args, seed, data, shares, **kept):
-    """Train teacher, one-hot control and the student of each stopped teacher; returns of each what `points_of` takes.
-
-    kept: source and folder of the teacher logits, see `engine.TeacherLogits`.
+    shares: {share of training: step}. Returns for each of them what `points_of` takes.
     """
     teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
-    train_teacher(teacher_run, args, seed, data)
+    engine.train_teacher(teacher_run, args, seed, data)
     _, total = common.total_steps(args, data)
-    stopped = {step: f"{share:g}" for share, step in shares.items() if step < total}
-    lost = [share for step, share in stopped.items() if not (teacher_run / f"snapshot-{step}.pt").exists()]
-    if lost:
-        fix = f"train that run again with --overwrite --snapshot-at {' '.join(stopped.values())}"
-        raise InputError(f"{teacher_run} lacks its states at {' '.join(lost)} of its training: {fix}")
-    kept_at = common.snapshot_steps(args, data)  # for other figures
-    one_hot = common.only_flags(args, common.add_flags, add_student_flags, ce_weight=1.0, kd_weight=0.0)
-    train_student(control, one_hot, seed, data, snapshots=kept_at)
+    wanted = " ".join(f"{share:g}" for share in args.snapshot_at)
+    for share, step in shares.items():
+        if step < total and not (teacher_run / f"snapshot-{step}.pt").exists():
+            fix = f"train that run again with --overwrite --snapshot-at {wanted}"
+            raise InputError(f"{teacher_run} lacks its state at {share:g} of its training: {fix}")
+    kept = common.snapshot_steps(args, data)  # of the runs that switch_distill.py goes on from
+    engine.train_student(control, common.one_hot_flags(args), seed, data, common.one_hot_loss, snapshots=kept)
     found = []
     for share, step in shares.items():
+        student = Path(f"{base}-kd-s{seed}" if share == 1 else f"{base}-kd-of-{share:g}-s{seed}")
+        snapshots = kept if share == 1 else ()
         model = engine.load_teacher(teacher_run, data, step)
-        student = student_folder(base, share, seed)
-        teacher = engine.TeacherLogits(model, data, args.precision, **kept)
-        train_student(student, args, seed, data, teacher, snapshots=kept_at if step == total else ())
+        teacher = engine.TeacherLogits(model, data, args.precision, args.epochs, teacher_run)
+        engine.train_student(student, args, seed, data, common.student_loss, teacher, snapshots=snapshots)
         found.append((model, student, control))
     return found
 
 
 def points_of(data, teacher, student, control):
-    """{split: point of `analyze_deviation.replicates`} of a teacher model and the runs of its student and control."""
+    """{split: point of `deviation.replicates`} of a teacher model and the runs of its student and control."""
     folders = dict(student=student, control=control)
-    arrays = {name: runs.read_npz(run / "logits.npz", engine.LOGITS) for name, run in folders.items()}
+    arrays = {name: runs.read_npz(run / "logits.npz", runs.LOGITS) for name, run in folders.items()}
     points = {}
     for split, images in (("train", data.x_train), ("test", data.x_test)):
         logits = engine.logits_of(teacher, data, images).double().cpu().numpy()
@@ -91,7 +84,7 @@ def measure(seeds, resamples):
     """{name of MEASURES: value with its interval} for one share, from each seed's `points_of`."""
     per_seed = []
     for points in seeds:
-        found = {split: analyze_deviation.replicates(point, resamples) for split, point in points.items()}
+        found = {split: deviation.replicates(point, resamples) for split, point in points.items()}
         accuracy = {name: found["test"]["fidelity", name, "accuracy"] for name in ("student", "teacher")}
         found["test"]["fidelity", "student-teacher", "accuracy"] = accuracy["student"] - accuracy["teacher"]
         per_seed.append(found)
@@ -106,16 +99,18 @@ def pays_claims(rows):
     found, last = [], rows[-1]
     rising = {"lead": "the student's lead over its own teacher", "slope": "the student's train slope"}
     rising["gain"] = "the gain over one-hot (of which the paper says nothing)"
-    for name, text in rising.items() if len(rows) > 1 else ():
-        seeds = [np.array(row[name]["seeds"]) for row in (rows[0], last)]
-        note = "last teacher minus first, over seeds"
-        value = claims.mean_interval(seeds[1] - seeds[0])
-        row = claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note)
-        found.append(claims.headline(row, "title", unit="points") if name == "lead" else row)
+    if len(rows) > 1:
+        for name, text in rising.items():
+            gain = np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"])
+            value, note = claims.mean_interval(gain), "last teacher minus first, over seeds"
+            unit = "" if name == "slope" else "points"
+            row = claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note, unit=unit)
+            if name == "lead":
+                row = claims.headline(row, "title")
+            found.append(row)
     for name, text in (("lead", "its own teacher"), ("gain", "the one-hot control")):
-        fit = f"teacher fits {100 * last['fit']['value']:.1f}% of its labels"
         text = f"the last teacher's student beats {text}"
-        found.append(analyze_deviation.claim_of(text, "> 0", last[name], 0, fit))
+        found.append(claims.claim_of(text, "> 0", last[name], 0, "difference of test accuracies", unit="points"))
     return found
 
 
@@ -123,8 +118,11 @@ def pays_markdown(rows):
     """A line for each stopped teacher: MEASURES, in percent where they are shares."""
     lines = []
     for row in rows:
-        cells = [claims.cell(row[name], *((100, 1) if name in PERCENT else (1, 2))) for name in MEASURES]
-        lines.append([f"{row['share']:g}", *cells])
+        cells = [f"{row['share']:g}"]
+        for name in MEASURES:
+            scale, digits = (100, 1) if name in PERCENT else (1, 2)
+            cells.append(claims.cell(row[name], scale, digits))
+        lines.append(cells)
     names = [name.replace("_", " ") + (" %" if name in PERCENT else "") for name in MEASURES]
     return claims.markdown_table(["stopped at", *names], lines)
 
@@ -156,49 +154,35 @@ def plot(rows, folder, title):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)")
-    add_student_flags(parser)
-    common.add_process_flags(parser)
-    add = parser.add_argument_group("stopped teachers and results").add_argument
+    common.add_student_flags(parser)
+    common.add_figure_flags(parser, "results/pays")
     at = "shares of training after which the teacher is stopped"
-    share, default = number(float, 0, 1, open_low=True), [0.1, 0.2, 0.4, 0.7, 1]
-    add("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
-    draws = number(int, 100, 1_000_000)
-    add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
-    add("--results", default="results/pays", metavar="FOLDER", help="folder for figure, tables and claims")
+    share, default = number(float, 0, 1, open_low=True), [0.1, 0.25, 0.5, 0.75, 1]
+    parser.add_argument("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
     args = engine.resolve(parser.parse_args(argv))
-    runs.check_prefix(args)
-    if args.teacher or not args.kd_weight:
-        fix = "leave out --teacher, and give --kd-weight above 0"
-        raise InputError(f"this script trains its own teachers and distils from them: {fix}")
+    if not args.kd_weight:
+        raise InputError("--kd-weight 0 leaves nothing to learn from a teacher: give it a weight above 0")
     data = common.data_from(args)
-    common.check_model(args, data)  # a wrong one fails before anything is discarded
-    base, results = args.out or f"runs/{runs.default_name(args)}", Path(args.results)
-    results.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
     _, total = common.total_steps(args, data)
-    tables = Path(base).parent / "teacher-logits"
-    source = engine.teacher_source(args, data, 1, 1, tables)  # each teacher has one student
     shares = {share: round(share * total) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
-    seeds = engine.shard_of(args)
-    students = [student_folder(base, share, seed) for seed in seeds for share in shares]
-    shared = [Path(f"{base}-{name}-s{seed}") for seed in seeds for name in ("teacher", "onehot")]
-    runs.discard_runs(args, students + shared)
-    engine.run_jobs(args)
-    trained = [train_seed(base, args, seed, data, shares, source=source, folder=tables) for seed in seeds]
-    if engine.only_a_shard(args):
+    base = args.out or f"runs/{runs.default_name(args)}"
+    trained = [train_seed(base, args, seed, data, shares) for seed in args.seeds]
+    if args.train_only:
         return
 
     rows = []
     for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
         points = [points_of(data, *of_seed[k]) for of_seed in trained]
         rows.append(dict(share=share, **measure(points, args.bootstrap)))
-    over = claims.scope(len(seeds), len(seeds))
-    runs.write_json(results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))
-    runs.write_text(results / "pays.md", pays_markdown(rows))
-    claims.save_claims(results, pays_claims(rows), over)
-    print(f"all measures: {results / 'pays.md'}")
+    over = claims.scope(len(trained), len(trained))
+    runs.write_json(args.results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))
+    runs.write_text(args.results / "pays.md", pays_markdown(rows))
+    claims.save_claims(args.results, pays_claims(rows), f"{over}; {runs.fit_note(rows[-1]['fit']['value'])}")
+    print(f"all measures: {args.results / 'pays.md'}")
     which = "teachers stopped on the way" if len(rows) > 1 else "one teacher"
-    plot(rows, results, f"{args.data}, {args.arch}, {which}; 95% intervals {over}")
+    plot(rows, args.results, f"{args.data}, {args.arch}, {which}; 95% intervals {over}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""benchmark.py: its rows, and the one function that times a step."""
+"""benchmark.py: its rows, and the report for an issue."""
 
 import statistics
 from types import SimpleNamespace
@@ -24,17 +24,16 @@ def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch,
     for row in rows:
         assert len(row["rates"]) == 1 + ("processes" in row["way"]) and {len(part) for part in row["rates"]} == {1}
         assert row["images_per_s"] == pytest.approx(sum(statistics.median(part) for part in row["rates"]))
-        assert (row["whole_run_images_per_s"] is None) == (row["way"] in peers)
         of_peers = [one for one in rows if one["loss"] == row["loss"] and one["way"] in peers]
         best = max(one["images_per_s"] for one in of_peers)
         assert row["speedup"] == pytest.approx(row["images_per_s"] / best)
     table = (tmp_path / "b" / "benchmark.md").read_text()
-    assert table.count("\n| mlp") == 9 and table.count("| – |") == 4 and table.strip() in text
+    assert table.count("\n| mlp") == 9 and table.strip() in text
 
 
 def test_ours_are_measured_at_each_batch_size(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "WORKERS", (0,))
-    monkeypatch.setattr(benchmark, "ours", lambda images, flags, **more: [([float(flags.batch_size)], 1.0)])
+    monkeypatch.setattr(benchmark, "ours", lambda flags, images, **more: [[float(flags.batch_size)]])
     size = ["--arch", "mlp", "--images", "128", "--epochs", "1", "--device", "cpu", "--batch-size", "16", "512"]
     benchmark.main([*size, "--out", f"{tmp_path}/b"])
     rows = runs.read_json(tmp_path / "b" / "benchmark.json")["rows"]
@@ -64,8 +63,7 @@ def test_the_gpu_check_writes_one_json(tmp_path, monkeypatch):
 
     def measure(args, arch, kd):
         asked.append((arch, kd, args.batch_size, args.images))
-        row = dict(arch=arch, loss="KD", way="table", batch=512, images_per_s=2.0, speedup=2.0)
-        return [dict(row, whole_run_images_per_s=1.0)]
+        return [dict(arch=arch, loss="KD", way="table", batch=512, images_per_s=2.0, speedup=2.0)]
 
     monkeypatch.setattr(benchmark, "measure", measure)
     benchmark.main(["--gpu-check", "--out", f"{tmp_path}/b"])
@@ -73,20 +71,3 @@ def test_the_gpu_check_writes_one_json(tmp_path, monkeypatch):
     found = runs.read_json(tmp_path / "b" / "gpu-check.json")
     assert found["versions"]["driver"] == "555.1" and {"hardware", "torch", "cuda"} <= found["versions"].keys()
     assert found["versions"]["tests"] == dict(passed=True, output=["2 passed"]) and len(found["rows"]) == 2
-
-
-def test_a_step_is_timed_for_each_network_once():
-    network = ("cnn", "mlp", 8, 10, 1024, "fp32", "cpu", 0.25)
-    seconds = benchmark.seconds_per_image(*network)
-    assert 0 < seconds == benchmark.seconds_per_image(*network)
-    assert benchmark.seconds_per_image("cnn", None, 8, 10, 16, "fp32", "cpu", 0.25) > 0
-
-
-def test_an_unwritable_folder_is_refused_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for place in ("/dev/null/x", "/proc/x", f"{tmp_path}/file/x"):
-        with pytest.raises(OSError, match=place):
-            benchmark.main(["--device", "cpu", "--out", place])
-    with pytest.raises(SystemExit):
-        benchmark.main(["--arch", "resnet9", "--out", f"{tmp_path}/b"])
-    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "b").exists()

@@ -1,25 +1,23 @@
-"""Gradient denoising: gradients by hand, unbiased estimates, the control, claims, and the script as it is run."""
+"""Gradient denoising: gradients by hand, unbiased estimates, claims, and the script as it is run."""
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, files_below, hashes, ok, run_cli, same_run
+from helpers import files_below, ok, refused, run_cli, same_run
 from torch import nn
 
 import claims
 import common
 import denoise_gradients
-import train_student
-import train_teacher
+import runs
 from denoise_gradients import Points
 from runs import InputError
 
-# ---------------------------------------------------------------- losses and gradients
+# ---------------------------------------------------------------- gradients
 
 
 def setup(n=24, classes=10, width=0.25):
@@ -30,17 +28,6 @@ def setup(n=24, classes=10, width=0.25):
     model.train()(images)
     targets = torch.softmax(torch.randn(n, classes, generator=random), 1)
     return model.eval(), images, targets
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_loss_has_the_gradient_of_kd_and_of_cross_entropy(temperature):
-    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    teacher, labels = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
-    loss = denoise_gradients.soft_loss(logits, F.softmax(teacher / temperature, 1), temperature).mean()
-    kd_loss = common.kd_loss(logits, teacher, temperature)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(kd_loss, logits))
-    one_hot = denoise_gradients.soft_loss(logits, F.one_hot(labels, 5).double(), 1.0)
-    torch.testing.assert_close(one_hot, F.cross_entropy(logits, labels, reduction="none"))
 
 
 def test_per_example_gradients_of_a_linear_softmax_model_by_hand():
@@ -56,33 +43,13 @@ def test_stream_equals_one_example_at_a_time():
     model, images, targets = setup()
     rows = []
     for k in range(24):
-        loss = denoise_gradients.soft_loss(model(images[k : k + 1]), targets[k : k + 1], 3.0).sum()
+        loss = common.soft_loss(model(images[k : k + 1]), targets[k : k + 1], 3.0).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     plain, weights = torch.stack(rows), torch.rand(3, 24)
     found = denoise_gradients.stream(model, images, targets, 3.0, weights, chunk=7)
     wanted = plain.mean(0), plain.square().sum(1), plain @ plain.mean(0), weights @ plain
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
-
-
-def test_groups_are_quarters_and_labels_and_none_is_empty():
-    data = common.load_data("digits", label_noise=0.95, subset=100)
-    args = SimpleNamespace(batch_size=16, batches=2, held_out=50)
-    flipped = torch.nonzero(data.y_train != data.y_clean)[:8, 0]  # by chance no clean one
-    points = denoise_gradients.points_of(args, 0, data, flipped, np.arange(8.0))
-    assert list(points.groups) == [*denoise_gradients.QUARTERS, "flipped labels"]
-    assert points.groups["hardest quarter"].tolist() == [True] * 2 + [False] * 6 and len(points.held_out[0]) == 50
-
-
-def test_smoothing_matches_the_entropy():
-    labels = torch.tensor([2, 0])
-    for alpha in (0.001, 0.3, 0.9):
-        targets = denoise_gradients.smoothed(labels, 10, alpha)
-        assert targets.argmax(1).tolist() == [2, 0] and targets.sum(1).tolist() == pytest.approx([1, 1])
-        # logits whose softmax at T = 2 these targets are
-        assert denoise_gradients.matched_smoothing(2 * targets.log(), 2.0) == pytest.approx(alpha, rel=1e-4)
-    assert denoise_gradients.matched_smoothing(torch.zeros(2, 10), 1.0) == pytest.approx(1.0, abs=1e-6)
-    assert denoise_gradients.matched_smoothing(1e4 * F.one_hot(labels, 10), 1.0) == 0.0
 
 
 # ---------------------------------------------------------------- measuring
@@ -110,27 +77,22 @@ def test_noise_scale_is_unbiased_and_agrees_with_brute_force():
     assert denoise_gradients.noise_scale(5.0, 0.0, 10)[2] == denoise_gradients.UNRESOLVED * 10
 
 
-def test_batches_are_means_over_their_own_points():
-    groups = {"few": np.arange(50) < 5, "rest": np.arange(50) >= 5}
-    weights, rows = denoise_gradients.batch_weights(groups, 32, 6, torch.Generator().manual_seed(0))
-    assert set(rows) == {*denoise_gradients.BATCH_SIZES, 32, "few", "rest"}
-    assert sum(len(weights[row]) for row in rows.values()) == len(weights)
+def test_batches_are_means_over_drawn_points():
+    weights, rows = denoise_gradients.batch_weights(50, 32, 6, torch.Generator().manual_seed(0))
+    assert set(rows) == {*denoise_gradients.BATCH_SIZES, 32} and len(weights) == 6 * len(rows)
     torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
-    for key, row in rows.items():
-        if key in groups:
-            assert not weights[row][:, ~groups[key]].any()
-        else:
-            counts = weights[row] * key
-            torch.testing.assert_close(counts, counts.round())
+    for size, row in rows.items():
+        counts = weights[row] * size
+        torch.testing.assert_close(counts, counts.round())
 
 
 def test_measure_against_the_whole_gradient_matrix():
     model, images, targets = setup(n=40)
     one_hot = F.one_hot(torch.arange(40) % 10, 10).float()
-    groups = {"first": np.arange(40) < 10, "others": np.arange(40) >= 10}
-    weights, rows = denoise_gradients.batch_weights(groups, 16, 4, torch.Generator().manual_seed(1))
+    quarter = np.arange(40) // 10
+    weights, rows = denoise_gradients.batch_weights(40, 16, 4, torch.Generator().manual_seed(1))
     held_out = images[:20] + 0.1, one_hot[:20]
-    points = Points(images, held_out, groups, weights, rows, 16)
+    points = Points(images, held_out, quarter, weights, rows, 16)
     result = denoise_gradients.measure(model, points, {"kd": (targets, 2.0)})["kd"]
     g = torch.cat(denoise_gradients.per_example_gradients(model, images, targets, 2.0), 1).double()
     G, spread = g.mean(0), (g - g.mean(0)).square().sum(1)
@@ -138,8 +100,9 @@ def test_measure_against_the_whole_gradient_matrix():
     assert result["noise_scale"] == pytest.approx(result["trace"] / float(G @ G - spread.sum() / 39 / 40), rel=1e-2)
     share = result["deviation"] / result["deviation"].sum()
     np.testing.assert_allclose(share, (spread / spread.sum()).numpy(), rtol=1e-2)
-    parts = 0.25 * result["noise first"] + 0.75 * result["noise others"]
-    assert parts == pytest.approx(result["noise_scale"], rel=1e-4)
+    parts = [result[f"noise {name}"] for name in denoise_gradients.QUARTERS]
+    assert np.mean(parts) == pytest.approx(result["noise_scale"], rel=1e-4)
+    assert parts[0] == pytest.approx(result["deviation"][:10].mean(), rel=1e-4)
     h = denoise_gradients.mean_gradient(model, *held_out, 1.0)
     steps = F.normalize(weights[rows[16]] @ g.float(), dim=1)
     assert result["first_order"] == pytest.approx(float((steps @ h / h.norm()).mean()), abs=1e-4)
@@ -155,27 +118,29 @@ def test_measure_against_the_whole_gradient_matrix():
 # ---------------------------------------------------------------- claims
 
 
-def seed_of(noise):
-    """What is kept of a seed: noise {loss: [8]} at every checkpoint, all else equal; points 0, 1 are the hardest."""
-    statistics = {}
-    for loss, values in noise.items():
-        values = np.array(values, float)
-        statistics[loss] = dict(noise_scale=values.mean(), deviation=values, first_order=0.1)
-        statistics[loss] |= {f"cos_held_out {group}": 0.2 for group in denoise_gradients.QUARTERS}
+def seed_of(scales, reductions):
+    """What is kept of a seed: noise scales {loss: number} at every checkpoint, all else equal; reductions of points."""
+    statistics = {loss: dict(noise_scale=scale, first_order=0.1) for loss, scale in scales.items()}
     table = {run: {percent: statistics for percent in ("0", "100")} for run in denoise_gradients.LOSSES}
-    reductions = denoise_gradients.point_reductions(table)
-    return dict(table=table, x=np.arange(8.0), gap=np.arange(8.0), reductions=reductions)
+    x = [0, 1, 2, 3, 5, 4, 7, 6]
+    return dict(table=table, x=x, gap=list(range(8)), reductions=dict(shared=reductions))
 
 
-def test_claims_tell_where_the_reduction_is():
-    seed = seed_of(dict(onehot=[10, 10, 2, 2, 2, 2, 2, 2], kd=[1, 1, 2, 2, 2, 2, 2, 1.5], smooth=[1] * 8))
-    assert denoise_gradients.compare(seed, "onehot")["i"] > 0 > denoise_gradients.compare(seed, "smooth")["ii"]
-    assert denoise_gradients.compare(seed, "onehot")["iii"] == 0
-    assert denoise_gradients.compare_hardest(seed)["i"] > 0
-    everywhere = seed_of(dict(onehot=[3] * 8, kd=[1] * 8, smooth=[1] * 8))
-    increase = seed_of(dict(onehot=[3, 3, 1, 1, 1, 1, 1, 1], kd=[1, 1, 3, 3, 3, 3, 3, 3], smooth=[1] * 8))
-    assert denoise_gradients.compare_hardest(everywhere)["ii"] < 0
-    assert denoise_gradients.compare_hardest(increase)["i"] < 0
+def test_comparisons_are_positive_where_kd_is_less_noisy():
+    seed = seed_of(dict(onehot=10.0, kd=2.0, smooth=1.0), [0.0] * 8)
+    with_onehot, with_smooth = (denoise_gradients.compare(seed, other) for other in ("onehot", "smooth"))
+    assert with_onehot["i"] == with_onehot["ii"] == pytest.approx(np.log(5)) and with_onehot["iii"] == 0
+    assert with_smooth["i"] == with_smooth["ii"] == pytest.approx(-np.log(2))
+
+
+def test_link_is_a_rank_correlation_with_the_confidence_taken_out():
+    falling = denoise_gradients.link(seed_of(dict(kd=1.0), [8.0, 7, 6, 5, 4, 3, 2, -9]))
+    assert falling["plain"] == pytest.approx(-1)
+    random = np.random.default_rng(0)
+    x = random.normal(size=4000)
+    gap, reduction = x + random.normal(size=4000), -x + random.normal(size=4000)  # linked by x alone
+    found = denoise_gradients.link(dict(x=x, gap=gap, reductions=dict(shared=reduction)))
+    assert found["plain"] < -0.4 and abs(found["given_x"]) < 0.05
 
 
 # ---------------------------------------------------------------- the script
@@ -192,9 +157,12 @@ def names_below(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder in which the script has run for seeds 0 and 1, one process each."""
+    """A folder in which the script has run for seeds 0 and 1: first the runs of 0 alone, then all."""
     folder = tmp_path_factory.mktemp("denoise")
-    ok(run_cli("denoise_gradients.py", *FLAGS, "--seeds", 0, 1, "--jobs", 2, cwd=folder))
+    ok(run_cli("denoise_gradients.py", *FLAGS, "--seeds", 0, "--train-only", cwd=folder))
+    assert names_below(folder / "results/denoise") == {"seeds"}
+    assert names_below(folder / "results/denoise/seeds") == {"denoise-s0.json"}
+    ok(run_cli("denoise_gradients.py", *FLAGS, "--seeds", 0, 1, cwd=folder))
     return folder
 
 
@@ -204,119 +172,93 @@ def test_figure_statistics_and_claims(finished):
     assert names_below(out / "seeds") == {"denoise-s0.json", "denoise-s1.json"}
     result = json.loads((out / "denoise.json").read_text())
     assert "80 of 200 training images" in result["gradients"]
-    assert result["accuracy"].keys() == {"teacher", "onehot", "kd", "smooth"}
     assert result["tables"].keys() == {"onehot", "kd", "smooth"}
     assert result["tables"]["kd"].keys() == {"0", "25", "50", "100"}
+    for what in ("teacher", "onehot", "kd", "smooth"):
+        runs_of = [finished / f"runs/digits-resnet8-denoise-{what}-s{seed}" for seed in (0, 1)]
+        assert result["accuracy"][what]["seeds"] == [runs.last_metrics(run)["test_acc"] for run in runs_of]
     table = json.loads((out / "claims.json").read_text())
-    assert len(table) == 14 and {row["verdict"] for row in table} <= {"holds", "fails", "unclear", "mixed"}
+    assert len(table) == 10 and {row["verdict"] for row in table} <= {"holds", "fails", "unclear", "mixed"}
     (headline,) = claims.headlines(table)
     assert headline["section"] == "§5" and headline["shown"].endswith(" of 3")
 
 
-def test_second_call_only_draws_and_other_settings_are_refused(finished, monkeypatch, capsys):
+def test_second_call_only_draws_and_other_settings_are_refused(finished, monkeypatch):
     monkeypatch.chdir(finished)
-    out = finished / "results/denoise"
     # The picture holds the command.
-    before = {path: content for path, content in files_below(out).items() if path.suffix != ".png"}
-    monkeypatch.setattr(denoise_gradients, "measure", None)  # calling it would fail
-    denoise_gradients.main([*FLAGS, "--seeds", "0", "1"])
-    assert capsys.readouterr().out.count("is finished already") == 8
-    assert before.items() <= files_below(out).items()
+    before = {path: content for path, content in files_below(finished).items() if path.suffix != ".png"}
+    with monkeypatch.context() as patch:
+        patch.setattr(denoise_gradients, "measure", None)  # calling it would fail
+        denoise_gradients.main([*FLAGS, "--seeds", "0", "1"])
+    assert before.items() <= files_below(finished).items()
     with pytest.raises(InputError, match=r"denoise-s0.json was made with other settings \(batches\)"):
         denoise_gradients.main([*FLAGS, "--seeds", "0", "1", "--batches", "3"])
 
 
-def test_runs_are_those_of_the_training_scripts(finished, tmp_path, monkeypatch):
+def test_smoothed_labels_are_learned_as_softly_as_the_teacher_at_this_temperature(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_teacher.main([*SHARED, "--seeds", "1", "--out", "teacher"])
-    train_student.main([*SHARED, "--seeds", "1", "--teacher", "teacher", "--out", "kd"])
-    assert same_run(finished / "runs/digits-resnet8-denoise-teacher-s1", "teacher")
-    assert same_run(finished / "runs/digits-resnet8-denoise-kd-s1", "kd")
-    # A run without the snapshots is named, with the way out.
-    train_student.main([*SHARED, "--seeds", "1", "--kd-weight", "0", "--ce-weight", "1", "--out", "x-onehot-s1"])
-    with pytest.raises(InputError, match="x-onehot-s1/snapshot-.* does not exist: .* --snapshot-at 0.25 0.5"):
-        denoise_gradients.main([*FLAGS, "--seeds", "1", "--teacher", "teacher", "--out", "x"])
+    shutil.copytree(finished / "runs", "runs")
+    config = runs.read_config("runs/digits-resnet8-denoise-smooth-s0")
+    teacher = runs.load_checkpoint("runs/digits-resnet8-denoise-teacher-s0/checkpoint.pt")["model"]
+    assert config["facts"]["teacher_sha256"] == runs.weights_hash(teacher) and config["flags"]["temperature"] == 4
+    rows = [json.loads((finished / f"results/denoise/seeds/denoise-s{seed}.json").read_text()) for seed in (0, 1)]
+    for seed, kept in enumerate(rows):
+        logits = runs.read_npz(f"runs/digits-resnet8-denoise-teacher-s{seed}/logits.npz")["train_logits"]
+        wanted = torch.special.entr(F.softmax(torch.from_numpy(logits) / 4, 1)).sum(1).mean().item()
+        target = common.smoothed(torch.tensor([3]), 10, kept["result"]["smoothing"])
+        assert torch.special.entr(target).sum().item() == pytest.approx(wanted, rel=1e-4)
+    message = refused(denoise_gradients, *FLAGS, "--temperature", 2)
+    assert "holds a run with other settings" in message
 
 
-def test_shard_draws_nothing_and_overwrite_starts_afresh(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+def test_teachers_from_elsewhere(finished, tmp_path, monkeypatch):
+    """A run folder gives the same runs, bit for bit; logits alone are enough, since gradients need no teacher."""
     monkeypatch.chdir(tmp_path)
-    out, seeds = tmp_path / "new", ["--seeds", "0", "1", "--results", "new"]
-    denoise_gradients.main([*FLAGS, *seeds, "--shard", "1/2"])
-    assert names_below(out) == {"seeds"} and names_below(out / "seeds") == {"denoise-s1.json"}
-    kept = json.loads((out / "seeds/denoise-s1.json").read_text())
-    again = json.loads((tmp_path / "results/denoise/seeds/denoise-s1.json").read_text())
-    assert kept["result"] == again["result"]
-    # What is kept, and the runs of this seed, are made again, those of the other seed are not touched.
-    (out / "seeds/denoise-s1.json").write_text("damaged")
-    other = hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0")
-    (tmp_path / "runs/digits-resnet8-denoise-kd-s1/metrics.jsonl").write_text("damaged")
-    denoise_gradients.main([*FLAGS, *seeds, "--shard", "1/2", "--overwrite"])
-    assert json.loads((out / "seeds/denoise-s1.json").read_text())["result"] == again["result"]
-    assert hashes(tmp_path / "runs/digits-resnet8-denoise-kd-s0") == other
+    given = finished / "runs/digits-resnet8-denoise-teacher-s1"
+    flags = [*FLAGS, "--seeds", "1", "--train-only"]
+    denoise_gradients.main([*flags, "--teacher", str(given), "--out", "run/x", "--results", "run"])
+    assert not (tmp_path / "run/x-teacher-s1").exists()
+    for what in denoise_gradients.LOSSES:
+        assert same_run(finished / f"runs/digits-resnet8-denoise-{what}-s1", f"run/x-{what}-s1")
+
+    labels = torch.from_numpy(runs.read_npz(given / "logits.npz")["train_labels"])
+    np.save("logits.npy", 4 * common.smoothed(labels, 10, 0.3).log())  # softmax at T = 4: labels smoothed by 0.3
+    denoise_gradients.main([*flags, "--teacher-logits", "logits.npy", "--out", "logits/x", "--results", "logits"])
+    by_run, by_logits = (runs.read_json(f"{name}/seeds/denoise-s1.json")["result"] for name in ("run", "logits"))
+    assert by_logits["smoothing"] == pytest.approx(0.3, rel=1e-4) and "teacher" not in by_logits["accuracy"]
+    by_run, by_logits = (found["table"]["onehot"]["0"] for found in (by_run, by_logits))
+    for name in ("trace", "signal", "noise_scale", "first_order"):
+        assert by_run["onehot"][name] == by_logits["onehot"][name]
+        # Here the teacher's targets are the smoothed labels.
+        assert by_logits["kd"][name] == pytest.approx(by_logits["smooth"][name], rel=1e-3, abs=1e-4)
+        assert by_logits["kd"][name] != by_run["kd"][name]
 
 
-def test_state_of_another_model_is_named(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished / "runs", tmp_path / "runs")
+def test_runs_and_states_that_do_not_fit_are_named(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "runs", "runs")
+    # More states than the runs have kept.
+    with pytest.raises(InputError, match="onehot-s0/snapshot-.* does not exist: .* --snapshot-at 0.25 0.5 0.75"):
+        denoise_gradients.main([*FLAGS, "--seeds", "0", "--percents", "25", "50", "75", "--results", "new"])
     torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt")))
     with pytest.raises(InputError, match="snapshot-.*does not fit resnet8"):
-        denoise_gradients.main([*FLAGS, "--seeds", "0"])
-
-
-def test_flag_of_a_fork_reaches_all_runs(tmp_path, monkeypatch):
-    def with_more(parser, add_student_flags=train_student.add_student_flags):
-        add_student_flags(parser)
-        parser.add_argument("--logit-weight", type=float, default=0.0)
-
-    monkeypatch.chdir(tmp_path)
-    for module in (train_student, denoise_gradients):
-        monkeypatch.setattr(module, "add_student_flags", with_more)
-    monkeypatch.setattr(denoise_gradients, "measurements", lambda *_: {})
-    monkeypatch.setattr(denoise_gradients, "denoise_claims", lambda *_: [])
-    denoise_gradients.main([*DENOISE, "--seeds", "0", "1", "--shard", "0/2", "--logit-weight", "0.5"])
-    for what in denoise_gradients.LOSSES:
-        config = json.loads((tmp_path / f"runs/digits-resnet8-denoise-{what}-s0/config.json").read_text())
-        weights = [config["flags"][name] for name in ("logit_weight", "kd_weight", "ce_weight")]
-        assert weights == [0.5, what == "kd", what != "kd"]
-
-
-# ---------------------------------------------------------------- bad input
+        denoise_gradients.main([*FLAGS, "--seeds", "0", "--results", "new"])
+    # Afresh, with what is kept of the seed.
+    (tmp_path / "new/seeds/denoise-s0.json").write_text("damaged")
+    denoise_gradients.main([*FLAGS, "--seeds", "0", "--results", "new", "--overwrite"])
+    assert same_run(finished / "runs/digits-resnet8-denoise-kd-s0", "runs/digits-resnet8-denoise-kd-s0")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--points", "5"], "too few"),
-        (["--kd-weight", "0.5"], "--kd-weight follows from the kind of run"),
-        (["--out", "x-s{seed}"], "--out is a prefix here"),
+        (["--points", 5], "too few"),
+        (["--kd-weight", 0.5], "leave --kd-weight and --ce-weight out"),
         (["--teacher", "nowhere"], "nowhere is not a run folder"),
+        (["--teacher", "a", "--teacher-logits", "b"], "give one of --teacher"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=message):
-        denoise_gradients.main([*DENOISE, *flags])
-    assert not names_below(tmp_path)
-
-
-def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("kd", "onehot"):
-        shutil.copytree(tiny_runs / "runs" / f"{name}-s0", f"x-{name}-s0")
-    before = files_below(tmp_path)
-    given = ["--teacher", str(tiny_runs / "runs/teacher-s0"), "--out", "x", "--seeds", "0"]
-    with pytest.raises(InputError, match="was trained on data"):
-        denoise_gradients.main([*TINY, *given, "--overwrite", "--label-noise", "0.1"])
-    with pytest.raises(InputError, match="would discard this command's teacher"):
-        denoise_gradients.main([*TINY, "--teacher", "x-kd-s0", "--out", "x", "--seeds", "0", "--overwrite"])
-    assert files_below(tmp_path) == before
-
-
-@pytest.mark.parametrize("flag", ["--out", "--results"])
-def test_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, flag):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError) as error:
-        denoise_gradients.main([*DENOISE, flag, "file/x"])
-    assert "file/x" in str(error.value) and (tmp_path / "file").read_text() == "mine"
+    assert message in refused(denoise_gradients, *DENOISE, *flags)
+    assert not (tmp_path / "runs").exists()

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, ok, one_line_error, run_cli
+from helpers import TINY, ok, one_line_error, refused, run_cli
 
 import claims
-import engine
 import runs
 import when_it_pays
 
@@ -14,8 +13,10 @@ import when_it_pays
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pays")
-    flags = [*TINY, "--seeds", 0, 1, "--stop-at", 0.5, 1, "--bootstrap", 200]
-    return folder, ok(run_cli("when_it_pays.py", *flags, cwd=folder))
+    flags = [*TINY, "--stop-at", 0.5, 1, "--bootstrap", 200]
+    ok(run_cli("when_it_pays.py", *flags, "--seeds", 1, "--train-only", cwd=folder))
+    assert len(list((folder / "runs").iterdir())) == 4 and not list((folder / "results" / "pays").iterdir())
+    return folder, ok(run_cli("when_it_pays.py", *flags, "--seeds", 0, 1, cwd=folder))
 
 
 def test_students_learn_from_states_of_one_teacher_run(finished):
@@ -29,7 +30,7 @@ def test_students_learn_from_states_of_one_teacher_run(finished):
     assert not torch.equal(weights[0]["fc.weight"], weights[1]["fc.weight"])
     for name, state in zip(("kd-of-0.5", "kd"), weights, strict=True):
         student = folder / "runs" / f"digits-resnet8-{name}-s0"
-        assert runs.read_config(student)["facts"]["teacher_sha256"] == engine.weights_hash(state)
+        assert runs.read_config(student)["facts"]["teacher_sha256"] == runs.weights_hash(state)
         assert runs.last_metrics(student)["epoch"] == 2  # in full length
 
 
@@ -50,16 +51,9 @@ def test_measures_are_those_of_the_runs(finished):
     assert row["section"] == "title" and row["claim"].startswith("the student's lead over its own teacher")
 
 
-def test_a_teacher_without_the_state_is_named(finished):
+def test_a_teacher_without_the_state_is_named(finished, monkeypatch):
     folder, _ = finished
     process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 0.5, 0.95, 1, cwd=folder)
-    one_line_error(process, "lacks its states at 0.25 of", "--snapshot-at 0.25 0.5")  # 0.95 rounds to the last step
-    one_line_error(run_cli("when_it_pays.py", *TINY, "--teacher", "x", cwd=folder), "leave out --teacher")
-
-
-def test_a_shard_draws_nothing_even_with_all_seeds(finished):
-    folder, _ = finished
-    flags = [flag for flag in TINY if flag != "--quiet"]
-    flags += ["--seeds", 0, "--stop-at", 1, "--shard", "0/2", "--results", "shard"]
-    assert "this shard is trained" in ok(run_cli("when_it_pays.py", *flags, cwd=folder))
-    assert not list((folder / "shard").iterdir())
+    one_line_error(process, "lacks its state at 0.25 of", "--snapshot-at 0.25 0.5")  # 0.95 rounds to the last step
+    monkeypatch.chdir(folder)
+    assert "--kd-weight 0 leaves nothing" in refused(when_it_pays, *TINY, "--kd-weight", 0)
