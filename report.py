@@ -1,9 +1,8 @@
 """One page about everything in results/ and runs/: the headline claims, figures with their commands, all claims, runs.
 
     make report                                          # writes results/index.html
-    python report.py --runs runs more/runs --results results more/results --out results/all
     python report.py --keep docs/results/digits.json     # the same as a small JSON and a picture, to be published
-    python report.py --docs docs                         # docs/results.md and README's table from docs/results/*.json
+    python report.py --docs docs                         # docs/results.md and README's tables from docs/results/*.json
 
 Reads what the other scripts left and trains nothing. The page is one file without scripts that needs no network; its
 layout is report.html.jinja. A damaged file or an unfinished run is left out, and the page names it.
@@ -11,39 +10,38 @@ layout is report.html.jinja. A damaged file or an unfinished run is left out, an
 
 import base64
 import io
-import itertools
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
 import claims
-import engine
+import deviation
 import runs
-from switch_distill import ARROWS
 
 # Stem of a figure's file, in the order of the page, and its caption. A folder's first figure shows its headlines.
 FIGURES = {
-    "fig1a": "Figure 1a: the student's probability (φ) of the class that the teacher predicts, over the teacher's; "
-    "colour is the log number of points.",
+    "fig1a": "Figure 1a: φ of the class that a teacher predicts, its student's over its own; colour is the log count.",
     "fig1b": "Figure 1b: test accuracy of students whose loss changes after a share s of training.",
     "fig1b_curves": "Figure 1b: test accuracy of the same students over training.",
     "pays": "When does it pay to disobey? Students of teachers that were stopped on the way.",
-    "classifiers": "§4, classifiers: progress of first-layer weights along lower eigen-buckets against the top one's.",
-    "ntk": "§4, empirical NTK: progress of logits along lower eigen-buckets of the kernel against the top one's.",
-    "linear": "§4, least squares: progress along eigendirections, bias and variance, and where bias helps or hurts.",
+    "classifiers": "§4, classifiers: bias of first-layer progress to the top eigendirections; right, its tie to §3.",
+    "linear": "§4, least squares: progress along eigendirections, and what the bias does to the risk.",
     "denoise": "§5: noise scale, alignment and decrease of the held-out loss of one-hot, KD and smoothed labels.",
 }
-# (data, its subset, network, whether labels are noisy): the paper's test accuracy in percent; KD is from a network of
-# the same kind. The network and share behind the noisy numbers are not known here.
-PAPER = {
-    ("cifar100", 0, "resnet56", False): {"teacher": "72.52", "one-hot": "72.52", "KD": "74.55"},
-    ("cifar100", 0, "resnet56", True): {"teacher": "69.8", "one-hot": "69.8", "KD": "72.7"},
-}
-KINDS = ("teacher", "one-hot", "KD", "KD and one-hot", "switched", "other")
+ARROWS = {"onehot2kd": "one-hot → KD", "kd2onehot": "KD → one-hot"}
+# JSON files of docs/results: settings on real data, a row each, and the columns of README's headlines.
+ROWS = ("cifar10", "cifar100", "cifar100-noisy", "resnet56", "resnet56-resnet20", "resnet56-mobilenetv2")
+ROWS += ("tiny-imagenet", "sst-2", "cola", "mrpc", "rte")
+COLUMNS = ("digits", "cifar10", "cifar100", "sst-2")
+HERE = Path(__file__).parent
+FILES, ESCAPED = jinja2.FileSystemLoader([HERE, HERE / "docs"]), jinja2.select_autoescape(["html.jinja"])
+LAYOUTS = jinja2.Environment(loader=FILES, autoescape=ESCAPED, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 # ---------------------------------------------------------------- reading
 
@@ -60,74 +58,6 @@ def read_all(read, paths, skipped):
     return results
 
 
-def files_below(roots, pattern):
-    """The files in and below `roots` that match `pattern`."""
-    return set().union(*(root.rglob(pattern) for root in roots))
-
-
-def read_run(folder):
-    """A finished run: all that is shown of it but its teacher, for which see `find_teachers`."""
-    config = runs.read_config(folder)
-    flags, facts, data, versions = config["flags"], config["facts"], config["data"], config["versions"]
-    hits = None
-    if config["role"] != "mlm":  # pretraining leaves no logits
-        runs.finished_config(folder)
-        arrays = runs.read_npz(folder / "logits.npz", ("test_logits", "test_labels"))
-        hits = arrays["test_logits"].argmax(1) == arrays["test_labels"]
-    lines = runs.read_metrics(folder)
-    run = SimpleNamespace(path=folder, facts=facts, hits=hits, lines=lines, stopped=bool(flags.get("stop_epoch")))
-    run.hardware = f"{versions['hardware']}, torch {versions['torch']}"
-    run.teacher_sha256, run.teacher = str(facts.get("teacher_sha256") or ""), ""
-    run.kind, run.text = kind_of(config, lines[-1]["step"])
-    width = flags.get("width", 1)
-    run.network = Path(config["arch"]).name + (f" ×{width:g}" if width != 1 else "")
-    run.plan = f"{flags['epochs']} epochs, batch {flags['batch_size']}, lr {flags['lr']:g}, {flags['precision']}"
-    run.plan += f", stopped after {flags['stop_epoch']}" if run.stopped else ""
-    run.data = f"{data['name']}, {data['n_train']:,} training {'images' if 'image' in data else 'texts'}, "
-    run.data += f"{100 * data['label_noise']:g}% label noise"
-    setting = (data["name"], data["subset"], run.network, data["label_noise"] > 0)
-    run.paper = PAPER.get(setting, {}).get(run.kind, "–")
-    compared = {name: value for name, value in flags.items() if name not in runs.NOT_COMPARED and value is not None}
-    seed = re.escape(str(config["seed"]))
-    run.name = re.sub(rf"^(.*)(?<![\d.]){seed}(?![\w.])", r"\1*", folder.as_posix())  # the last place that names it
-    # Flags do not say everything (pretraining, for example), so runs of other names are never pooled.
-    alike = json.dumps([compared, config["role"], data, run.text], sort_keys=True)
-    run.pooled = run.data, KINDS.index(run.kind), run.name, alike
-    return run
-
-
-def kind_of(config, last_step):
-    """(one of KINDS, the same in more words) of how a run was trained."""
-    flags, facts = config["flags"], config["facts"]
-    if config["role"] != "student":
-        return "teacher", "teacher"
-    if facts.get("targets"):
-        return "other", str(facts["targets"])
-    if facts.get("switch"):
-        switch = facts["switch"]
-        window = f" over {switch['window']} steps" if switch.get("window") else ""
-        return "switched", f"{ARROWS[switch['direction']]} at s = {switch['step'] / last_step:.2g}{window}"
-    if not flags["kd_weight"]:
-        return "one-hot", "one-hot"
-    kind = "KD and one-hot" if flags["ce_weight"] else "KD"
-    return kind, f"{kind}, T = {flags['temperature']:g}"
-
-
-def find_teachers(trained, skipped):
-    """Set `teacher` of each student: the network of the run in `trained` that it was distilled from, in words."""
-    known, wanted = {"": ""}, {run.teacher_sha256 for run in trained}
-    for run in sorted(trained, key=lambda run: KINDS.index(run.kind)):  # likely ones first, until all are found
-        if wanted <= known.keys():
-            break
-        # The checkpoint, then snapshots on the way.
-        for file in sorted(run.path.glob("logits.npz" if "tokens_sha256" in run.facts else "*.pt")):
-            stopped = run.stopped or file.stem.startswith("snapshot")
-            for found in read_all(engine.teacher_hash, [file], skipped):
-                known.setdefault(found, f"{run.network} stopped on the way" if stopped else run.network)
-    for run in trained:
-        run.teacher = known.get(run.teacher_sha256, "teacher not among these runs")
-
-
 def page_order(file):
     """Sort key of files in results: folders of one setting together, each where FIGURES has its first figure."""
     places, last = {stem: place for place, stem in enumerate(FIGURES)}, len(FIGURES)
@@ -135,155 +65,174 @@ def page_order(file):
     return file.parent.parent, first, file.parent, places.get(file.stem, last), file
 
 
+def files_below(roots, pattern):
+    """The files in and below `roots` that match `pattern`, in the order of the page."""
+    return sorted(set().union(*(root.rglob(pattern) for root in roots)), key=page_order)
+
+
+def read_run(folder):
+    """All that is shown of a finished run."""
+    config = runs.finished_config(folder)
+    flags, facts, data, versions = (config[key] for key in ("flags", "facts", "data", "versions"))
+    arrays = runs.read_npz(folder / "logits.npz", ("test_logits", "test_labels"))
+    lines = runs.read_metrics(folder)
+    run = SimpleNamespace(path=folder, lines=lines, command=config["command"], commit=versions["git_commit"])
+    run.hits = arrays["test_logits"].argmax(1) == arrays["test_labels"]
+    run.made = ", ".join([versions["hardware"], *(f"{name} {versions[name]}" for name in ("python", "torch", "numpy"))])
+    run.data = f"{data['name']}, {data['n_train']:,} training points, {100 * data['label_noise']:g}% label noise"
+    run.plan = f"{lines[-1]['epoch']} epochs, batch {flags['batch_size']}, lr {flags['lr']:g}, {flags['precision']}"
+    run.what = f"{how_trained(config['role'], flags, facts, lines[-1]['step'])}, {Path(config['arch']).name}"
+    if flags.get("width", 1) != 1:
+        run.what += f" ×{flags['width']:g}"
+    teacher = ""
+    if facts.get("teacher_sha256"):  # earlier versions name it among the flags, or not at all
+        teacher = str(facts.get("teacher") or flags.get("teacher") or "").replace("{seed}", "*")
+    seed = re.compile(rf"^(.*)(?<![\d.]){config['seed']}(?![\w.])")  # the last place that names it
+    run.name, run.teacher = (seed.sub(r"\1*", name) for name in (folder.as_posix(), teacher))
+    if facts.get("teacher_arch"):
+        run.teacher += f" ({facts['teacher_arch']})"
+    # A name does not say everything: runs are pooled where all flags are the same too.
+    compared = {name: value for name, value in flags.items() if name not in runs.NOT_COMPARED and value is not None}
+    alike = json.dumps([compared, data, run.what, run.teacher, facts.get("loss")], sort_keys=True)
+    run.setting = run.data, config["role"] != "teacher", run.name, alike
+    return run
+
+
+def how_trained(role, flags, facts, last_step):
+    """In words how a run was trained, as its config.json has it."""
+    if role != "student":
+        return role
+    if facts.get("targets"):
+        return str(facts["targets"])
+    if facts.get("switch"):
+        return f"{ARROWS[facts['switch']['direction']]} at s = {facts['switch']['step'] / last_step:.2g}"
+    if not flags["kd_weight"]:
+        return "one-hot"
+    name = facts["loss"][0] if facts.get("loss") else "def student_loss("  # its first line
+    name = name.removeprefix("def ").partition("(")[0]
+    if name == "student_loss":
+        name = "KD and one-hot" if flags["ce_weight"] else "KD"
+    return f"{name}, T = {flags['temperature']:g}"
+
+
 def read_claims(file):
-    """A claims table; `over` is what the notes of all its rows end with: of what intervals are."""
-    rows = claims.checked_claims(runs.read_json(file), file)
-    ends = {row["note"].rpartition("; ")[2] for row in rows}
-    over = ends.pop() if len(ends) == 1 else ""
+    """A claims table; `over` is what the notes of all rows end with: what intervals are of, what the teacher fits."""
+    rows = runs.read_json(file)
+    claims.claims_markdown(rows)  # for the errors of what is no table of claims
+    claims.headlines_markdown(claims.headlines(rows))
+    shared = os.path.commonprefix([row["note"].split("; ")[::-1] for row in rows])
+    over = "; ".join(shared[::-1])
     for row in rows:
         row["note"] = row["note"].removesuffix(over).removesuffix("; ")
-        # A single seed has no interval.
-        row["ours"] = claims.cell(dict(row, value=row["measured"])).replace(" [?, ?]", ", no interval")
-        if row["low"] == row["measured"] == row["high"]:  # counted or proved, not measured
-            row["ours"] = claims.decimal(row["measured"]).rstrip("0").rstrip(".")
+        row.setdefault("shown", claims.cell(dict(row, value=row["measured"])))
+        row.update(over=over, folder=file.parent)
     return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=claims.verdicts_in_words(rows))
 
 
-def webp(picture, side):
-    """A picture of at most `side` pixels as the text of a URL; that it is WebP keeps the page small."""
-    content, picture = io.BytesIO(), picture.copy()
-    picture.thumbnail((side, side))
-    picture.save(content, "WEBP", quality=70, method=6)
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
-
-
 def read_figure(file):
-    """A figure: caption, picture, thumbnail, and the command that made it (empty when not recorded)."""
-    image = Image.open(file)
-    picture = image.convert("RGBA")
-    found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem))
-    found.command = image.info.get("Command", "")
-    found.source, found.thumbnail = webp(picture, 1600), webp(picture, 200)
+    """A figure: caption, picture, and the command that made it (empty when not recorded)."""
+    image, content = Image.open(file), io.BytesIO()
+    image.convert("RGBA").save(content, "WEBP", quality=70, method=6)  # it keeps the page small
+    found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem), webp=content.getvalue())
+    found.command, found.source = image.info.get("Command", ""), base64.b64encode(found.webp).decode()
     return found
 
 
-# ---------------------------------------------------------------- tables
+def read_row(file):
+    """The row of the Figure 1a whose deviation.json is `file`: test accuracies, all else of training points."""
+    kept, picture = runs.read_json(file), file.with_name("fig1a.json")  # earlier versions left no fig1a.json
+    train, test = (kept["tables"][split] for split in ("train", "test"))
+    slope, below = deviation.deviation_claims({"train": train})[:2]
+    row = {name: test["fidelity"][name]["accuracy"]["value"] for name in ("teacher", "control", "student")}
+    row.update(fit=train["fidelity"]["teacher"]["accuracy"]["value"], seeds=kept["seeds"], slope=slope, below=below)
+    row["drawn"] = runs.read_json(picture)["train"] if picture.exists() else None
+    return row
 
 
-def parts_of(figures, tables):
-    """A part of the page for each folder of results: its figures, numbered over the page, and claims table or None."""
-    folders = dict.fromkeys(found.folder for found in (*figures, *tables))
-    parts = {folder: SimpleNamespace(folder=folder, figures=[], table=None) for folder in folders}
-    for number, figure in enumerate(figures, 1):
-        figure.number = number
-        parts[figure.folder].figures.append(figure)
-    for table in tables:
-        parts[table.folder].table = table
-    return list(parts.values())
+# ---------------------------------------------------------------- output
 
 
 def run_tables(trained):
-    """{data in words: a row for each setting}: runs of one name but for the seed, of one setting and one teacher."""
+    """{data in words: a row for each setting}: runs of one name but for the seed are one row."""
     groups, tables = {}, {}
     for run in trained:
-        if run.hits is not None:
-            groups.setdefault((*run.pooled, run.teacher), []).append(run)
+        groups.setdefault(run.setting, []).append(run)
     for (data, *_), group in sorted(groups.items()):
         run = group[0]
-        paper = run.paper if run.teacher in ("", run.network) else "–"
-        row = dict(plan=run.plan, seeds=len(group), paper=paper)
-        row["name"] = run.name if len(group) > 1 else run.path.as_posix()
-        row["what"] = f"{run.text}, {run.teacher and run.teacher + ' → '}{run.network}"
-        row["ours"] = claims.cell(claims.accuracy([run.hits for run in group]), 100, 2)
+        name = run.name if len(group) > 1 else run.path.as_posix()
+        row = dict(what=run.what, name=name, teacher=run.teacher, plan=run.plan, seeds=len(group))
+        row["accuracy"] = claims.cell(claims.accuracy([run.hits for run in group]), 100, 2)
         tables.setdefault(data, []).append(row)
     return tables
 
 
-# ---------------------------------------------------------------- results to publish
-
-OVERVIEW = ("fig1a", "classifiers", "fig1b", "pays")
-MARKS = ("<!-- headlines: written by make docs -->", "<!-- end of headlines -->")
-
-
-def keep(file, title, trained, tables, texts, pictures, skipped):
-    """Write claims, runs and the Markdown files `texts` as the JSON `file`; beside it OVERVIEW of `pictures` as one."""
-    lines = {json.dumps(line): line["seconds"] for run in trained for line in run.lines}
-    kept = dict(title=title, hardware=sorted({run.hardware for run in trained}), training_seconds=sum(lines.values()))
-    kept |= dict(runs=run_tables(trained), claims={}, tables={})
-    for table in tables:
-        kept["claims"][table.folder.as_posix()] = runs.read_json(table.folder / "claims.json")
-    for text in [text for text in texts if text.stem != "claims"]:
-        kept["tables"][text.with_suffix("").as_posix()] = text.read_text(encoding="utf-8")
-    runs.write_json(file, kept)
-    files = {picture.stem: picture for picture in reversed(pictures)}
-    overview = [files[stem] for stem in OVERVIEW if stem in files]
-    shown = read_all(lambda picture: Image.open(picture).convert("RGB"), overview, skipped)
-    if shown:
-        runs.write_atomic(file.with_suffix(".webp"), lambda out: sheet(shown).save(out, "WEBP", quality=80, method=6))
+def keep(file, title, trained, tables, figures, args, skipped):
+    """Write claims, runs and rows as the JSON `file`; beside it the first figure."""
+    lines = {json.dumps(line): line["seconds"] for run in trained for line in run.lines}  # branches share some
+    kept = dict(title=title, made=sorted({run.made for run in trained}), training_seconds=sum(lines.values()))
+    kept["commits"] = sorted(filter(None, {*(run.commit for run in trained), runs.versions()["git_commit"]}))
+    kept["commands"] = sorted(filter(None, {made.command for made in (*trained, *figures)}))
+    kept["claims"] = {table.folder.as_posix(): runs.read_json(table.folder / "claims.json") for table in tables}
+    kept["rows"] = read_all(read_row, files_below(args.results, "deviation.json"), skipped)
+    runs.write_json(file, dict(kept, runs=run_tables(trained)))
+    if figures:
+        runs.write_atomic(file.with_suffix(".webp"), figures[0].webp)
     print("\n".join([*(f"left out: {line}" for line in skipped), f"kept: {file}"]))
 
 
-def sheet(pictures, width=1000):
-    """One picture of `pictures`, two in a row."""
-    fitted = [ImageOps.contain(picture, (width, width)) for picture in pictures]
-    rows = [fitted[k : k + 2] for k in range(0, len(fitted), 2)]
-    heights = [max(picture.height for picture in row) for row in rows]
-    whole, top = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white"), 0
-    for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(row):
-            whole.paste(ImageOps.pad(picture, (width, height), color="white"), (column * width, top))
-        top += height
-    return whole
-
-
-def most_seeds(setting):
-    """How many seeds there are at most behind a number of a kept setting."""
-    return max([row["seeds"] for row in itertools.chain(*setting["runs"].values())], default=0)
-
-
 def side_by_side(kept):
-    """The headlines of all `kept` settings in one Markdown table, a column for each setting."""
-    rows, cells = {}, {}
+    """The headlines of `kept` settings as [(section, claim), its row in each setting or None], in the paper's order."""
+    found = {}
     for k, setting in enumerate(kept):
-        for table in setting["claims"].values():
-            for row in claims.headlines(table):
-                control = f" ({row['control']})" if row["control"] else ""
-                key = row["section"], row["claim"]
-                rows.setdefault(key, row)
-                cells[key, k] = f"{row['shown']}{control}, **{row['verdict']}**"
-    keys = [(row["section"], row["claim"]) for row in claims.headlines(rows.values())]
-    lines = [[*key, *(cells.get((key, k), "") for k in range(len(kept)))] for key in keys]
-    return claims.markdown_table(["", "claim (its control)", *(setting["title"] for setting in kept)], lines)
+        for row in claims.headlines(sum(setting["claims"].values(), [])):
+            found.setdefault((row["section"], row["claim"]), [None] * len(kept))[k] = row
+    return sorted(found.items(), key=lambda item: claims.SECTIONS.index(item[0][0]))
+
+
+def draw_rows(kept, file):
+    """Figure 1a of the training points of `kept` settings, six at most, as one picture."""
+    figure = claims.pyplot().figure(figsize=(10, 7))
+    for k, setting in enumerate(kept, 1):
+        row, axis = setting["rows"][0], figure.add_subplot(2, 3, k)
+        counts = np.array([line.split() for line in row["drawn"]["student"]["counts"]], float)
+        counts[counts == 0] = np.nan
+        axis.imshow(np.log(counts), extent=row["drawn"]["student"]["extent"], origin="lower", aspect="auto", zorder=1)
+        axis.axline((0, 0), slope=1, color="black", ls="--", lw=1, label="y = x")
+        for name, colour in (("student", "other"), ("control", "onehot")):
+            slope, intercept = row["drawn"][name]["fit"]
+            axis.axline((0, intercept), slope=slope, color=claims.COLOURS[colour], label=f"fit of the {name}")
+        axis.set(xlabel="X = φ(teacher probability)", ylabel="Y = φ(student probability)")
+        axis.set_title(f"{setting['title']}\nslope {row['slope']['shown']}, teacher fits {100 * row['fit']:.1f} %")
+    claims.legend_below(figure, figure.axes[0])
+    content = io.BytesIO()
+    figure.savefig(content, format="webp", dpi=110)
+    runs.write_atomic(file, content.getvalue())
 
 
 def write_docs(folder):
-    """Write results.md into `folder`, and the table of headlines into the README above, from folder/results/*.json."""
-    files = (folder / "results").glob("*.json")
-    files = sorted(files, key=lambda file: (file.stem == "earlier", file.stem != "digits", file))
-    kept = {file: runs.read_json(file) for file in files}
-    text = "# Results\n\nWritten by `make docs` from the JSON files in `docs/results/`. Brackets are 95% intervals.\n"
-    for file, setting in kept.items():
-        text += f"\n## {setting['title']}\n\n"
-        if setting["hardware"]:
-            hours = f", {setting['training_seconds'] / 3600:.1f} hours" if setting["training_seconds"] else ""
-            text += f"Trained on {'; '.join(setting['hardware'])}{hours}.\n\n"
-        if file.with_suffix(".webp").exists():
-            text += f"![Figures of {setting['title']}](results/{file.stem}.webp)\n\n"
-        for data, rows in setting["runs"].items():
-            lines = [[row["what"], row["plan"], row["seeds"], row["ours"], row["paper"]] for row in rows]
-            text += f"{data}:\n\n"
-            text += claims.markdown_table(["network", "schedule", "seeds", "test accuracy %", "paper %"], lines) + "\n"
-        for name, table in setting["tables"].items():
-            text += f"### {name}\n\n{table.strip()}\n\n"
-        for name, rows in setting["claims"].items():
-            text += f"### {name}: all claims\n\n{claims.claims_markdown(rows)}\n"
+    """Write results.md into `folder`, and above it README's tables, each between its markers, from folder/results."""
+    kept = {file.stem: runs.read_json(file) for file in (folder / "results").glob("*.json")}
+    tables = {file.stem: file.read_text(encoding="utf-8") for file in (folder / "results").glob("*.md")}
+    readme, layout = folder.parent / "README.md", LAYOUTS.get_template("results.md.jinja")
+    with runs.reading(folder / "results", "keep its settings again"):
+        rows = [kept[name] for name in ROWS if name in kept]
+        drawn = [setting for setting in rows if setting["rows"][0]["drawn"]][:6]
+        if drawn:
+            draw_rows(drawn, folder / "results" / "fig1a-rows.webp")
+        settings = {name: kept[name] for name in ("digits", *ROWS) if name in kept}
+        given = dict(rows=rows, settings=settings, drawn=drawn, side_by_side=side_by_side)
+        text, parts = layout.render(given), layout.make_module(given)
+        columns = [kept[name] for name in COLUMNS if name in kept]
+        tables.update(headlines=parts.headlines(columns, side_by_side(columns)), rows=parts.rows_table(rows))
+        content = readme.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        before, start, rest = content.partition(f"<!-- {name}: written by make docs -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if end:
+            content = f"{before}{start}\n{table}\n{end}{after}"
     runs.write_text(folder / "results.md", text)
-    readme = folder.parent / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    # One seed has intervals over points alone: it stays out of README.
-    table = side_by_side([setting for setting in kept.values() if setting["claims"] and most_seeds(setting) > 1])
-    runs.write_text(readme, f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-    print(f"written: {folder / 'results.md'} and the table in {readme}")
+    runs.write_text(readme, content)
+    print(f"written: {folder / 'results.md'} and the tables in {readme}")
 
 
 def main(argv=None):
@@ -294,7 +243,7 @@ def main(argv=None):
     add("--out", type=Path, default=Path("results"), help="folder for index.html")
     add("--keep", type=Path, metavar="FILE", help="write a small JSON and a picture instead, to be published")
     add("--title", help="what the kept results are of (default: the name of FILE)")
-    add("--docs", type=Path, metavar="DIR", help="write DIR/results.md and README's table from DIR/results/*.json")
+    add("--docs", type=Path, metavar="DIR", help="write DIR/results.md and README's tables from DIR/results/*.json")
     args = parser.parse_args(argv)
     if args.docs:
         return write_docs(args.docs)
@@ -303,32 +252,24 @@ def main(argv=None):
     for folder in (*args.runs, *args.results):
         if not folder.is_dir() and folder not in (Path("runs"), Path("results")):
             raise runs.InputError(f"{folder} is not a folder: check --runs and --results")
-
     skipped = []
-    trained = read_all(read_run, sorted(file.parent for file in files_below(args.runs, "config.json")), skipped)
-    find_teachers(trained, skipped)
-    tables = read_all(read_claims, sorted(files_below(args.results, "claims.json"), key=page_order), skipped)
-    pictures, texts = (sorted(files_below(args.results, f"*.{ending}"), key=page_order) for ending in ("png", "md"))
-    if not (trained or tables or pictures or texts or skipped):
+    trained = read_all(read_run, [file.parent for file in files_below(args.runs, "config.json")], skipped)
+    tables = read_all(read_claims, files_below(args.results, "claims.json"), skipped)
+    figures = read_all(read_figure, files_below(args.results, "*.png"), skipped)
+    if not (trained or tables or figures or skipped):
         raise runs.InputError("nothing to report: run make reproduce first, or give --runs and --results")
     if args.keep:
         args.keep.parent.mkdir(parents=True, exist_ok=True)
-        return keep(args.keep, args.title or args.keep.stem, trained, tables, texts, pictures, skipped)
-    figures = read_all(read_figure, pictures, skipped)
-    templates = jinja2.FileSystemLoader(Path(__file__).parent)
-    layout = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    parts = parts_of(figures, tables)
-    rows = [dict(row, part=part) for part in parts if part.table for row in part.table.rows]
-    found = dict(headlines=claims.headlines(rows), parts=parts, tables=run_tables(trained), skipped=skipped)
-    found["hardware"] = sorted({run.hardware for run in trained})
-    page = layout.get_template("report.html.jinja").render(found)
+        return keep(args.keep, args.title or args.keep.stem, trained, tables, figures, args, skipped)
+    rows = sum((table.rows for table in tables), [])
+    found = dict(headlines=claims.headlines(rows), figures=figures, tables=tables, skipped=skipped)
+    found.update(runs=run_tables(trained), made=sorted({run.made for run in trained}))
     args.out.mkdir(parents=True, exist_ok=True)
-    runs.write_text(args.out / "index.html", page)
-    left_out = f"; {len(skipped)} damaged or unfinished left out" if skipped else ""
+    runs.write_text(args.out / "index.html", LAYOUTS.get_template("report.html.jinja").render(found))
     if found["headlines"]:
         print(claims.headlines_markdown(found["headlines"]))
-    print(f"{len(rows)} claims ({claims.verdicts_in_words(rows)}): claims.md beside each figure in the results")
-    print(f"report: {args.out / 'index.html'}, of {len(trained)} runs and {len(figures)} figures{left_out}")
+    read = f"{len(trained)} runs, {len(figures)} figures and {len(rows)} claims"
+    print(f"report: {args.out / 'index.html'}, of {read}; {len(skipped)} damaged or unfinished left out")
 
 
 if __name__ == "__main__":

@@ -117,19 +117,14 @@ def faulty(script, args, cwd, out, err, seen_file, kind, at):
         if kind == "step" and seen["steps"] == at:
             kill()
 
-    def faulty_write(path, write):
+    def faulty_write(path, content):
         seen["writes"] += 1
         if kind in ("step", "limit") or seen["writes"] != at:
-            return write_atomic(path, write)
-
-        def half(file):
-            content = io.BytesIO()
-            write(content)
-            file.write(content.getvalue()[: len(content.getvalue()) // 2])
-            file.flush()
-            kill()
-
+            return write_atomic(path, content)
         if kind == "before":
+            kill()
+        if kind == "half":
+            Path(path).with_name(f".{Path(path).name}.tmp").write_bytes(content[: len(content) // 2])
             kill()
         if kind == "rename":
             os.replace = kill
@@ -137,7 +132,7 @@ def faulty(script, args, cwd, out, err, seen_file, kind, at):
             os.replace = replace_and_kill
         if kind == "full":
             os.fsync, seen["path"] = no_space, str(path)
-        write_atomic(path, half if kind == "half" else write)
+        write_atomic(path, content)
 
     register_optimizer_step_pre_hook(count_step)
     runs.write_atomic, engine.SAVE_SECONDS = faulty_write, 0
