@@ -91,17 +91,21 @@ def tiny_imagenet_arrays(name, data_dir, image_size):
     """
     from torchvision.datasets.utils import download_and_extract_archive
 
-    folder = data_dir / "tiny-imagenet-200"
+    folder, kept = data_dir / "tiny-imagenet-200", data_dir / f"{name}.npz"
     with runs.one_at_a_time(folder):
+        if kept.exists():  # another process made it meanwhile
+            return npz_arrays(kept, data_dir, image_size)
         if not folder.is_dir():
             with runs.reading(name, f"put the folder {folder.name} into {data_dir}"):
-                unpacked = data_dir / "tiny-imagenet.part"
-                download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir, unpacked)
+                url, unpacked = f"http://cs231n.stanford.edu/{folder.name}.zip", data_dir / "tiny-imagenet.part"
+                # With its checksum: a download that was cut is made again.
+                md5 = "90528d7ca1a48142e341f4ef8d21d0de"
+                download_and_extract_archive(url, data_dir, unpacked, md5=md5, remove_finished=True)
                 os.replace(unpacked / folder.name, folder)  # whole or not at all
         arrays = folder_arrays(folder, data_dir, 64)
         with contextlib.suppress(OSError):  # where nothing can be written it is decoded every time
-            runs.write_npz(data_dir / f"{name}.npz", arrays)
-            print(f"{folder}: its pictures are kept as arrays in {data_dir / name}.npz")
+            runs.write_npz(kept, arrays)
+            print(f"{folder}: its pictures are kept as arrays in {kept}")
     return arrays
 
 
@@ -129,7 +133,9 @@ def folder_arrays(path, data_dir, image_size):
     with runs.reading(root, "give a folder with train/<class>/ and val/<class>/ (or test/<class>/)"):
         train = ImageFolder(root / "train")
         listing = root / "val" / "val_annotations.txt"
-        if listing.exists():  # Tiny-ImageNet as published: all in one folder, with a table of file names and classes
+        # Tiny-ImageNet as published: all in one folder, with a table of file names and classes. Many copies are sorted
+        # into class folders since.
+        if listing.exists() and next((root / "val" / "images").glob("*"), None):
             rows = [line.split()[:2] for line in listing.read_text().splitlines()]
             test = [(str(root / "val" / "images" / file), label) for file, label in rows]
         else:
@@ -138,6 +144,9 @@ def folder_arrays(path, data_dir, image_size):
             test = [(file, found.classes[k]) for file, k in found.samples]
             if split == "val" and (root / "test").is_dir():
                 print(f"{root}: val/ is the test split, test/ is not used")
+    hidden = [label for label in train.classes if label.startswith(".")]
+    if hidden:
+        raise InputError(f"{root / 'train' / hidden[0]} is no class of pictures: remove that folder")
     unknown = sorted({label for _, label in test} - set(train.classes))
     if unknown:
         raise InputError(f"{root} has test pictures of {', '.join(unknown[:5])}: train/ has no such class")
@@ -255,7 +264,10 @@ def check_arrays(arrays, source):
     train, test = (list(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
     if train != test:
         raise InputError(f"{source}: train images are {train} but test images {test}: give both the same shape")
-    names = [str(name) for name in arrays.get("class_names", classes)]
+    names = np.asarray(arrays.get("class_names", classes))
+    if names.ndim != 1 or names.dtype.kind not in "Uiu":
+        raise InputError(f"{source}: class_names is {names.dtype} {list(names.shape)}; it must be words, one a class")
+    names = [str(name) for name in names]
     if len(names) != len(classes):
         raise InputError(f"{source} has {len(names)} class_names but {len(classes)} classes: give one name for each")
     labels = {key: np.searchsorted(classes, arrays[key]).astype(np.int64) for key in ("y_train", "y_test")}
@@ -329,10 +341,8 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     x_train, y_clean, x_test, y_test = (arrays[key] for key in ARRAYS)
     classes, n = len(arrays["class_names"]), len(x_train)
     label_noise = row.label_noise if label_noise is None else label_noise
-    if subset > n:
-        raise InputError(
-            f"--subset {subset} is beyond the {n} training images of {name}: use at most {n}, or 0 for all"
-        )
+    if subset > n or subset == 1:  # batch normalisation needs two
+        raise InputError(f"--subset {subset} of the {n} training images of {name}: use 2 to {n}, or 0 for all")
     facts = image_facts(x_train, x_test)
 
     noise = np.random.RandomState(stream_seed("label noise", data_seed) % 2**32)  # RandomState never changes
@@ -657,7 +667,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--width", type=number(float, 0, 64, open_low=True), default=1.0, help="multiplies the model's channels")
     add("--recipe", choices=("quick", "short", "paper"), default="quick", help="preset of the six flags below")
     add("--epochs", type=number(int, 1), help="passes over the training set; warm-up and milestones scale along")
-    add("--batch-size", type=number(int, 1), help="images per step; an epoch's last, incomplete batch is dropped")
+    add("--batch-size", type=number(int, 2), help="images per step; an epoch's last, incomplete batch is dropped")
     add("--lr", type=number(float, 0, 1e38, open_low=True), help="peak learning rate")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up")
     add("--schedule", choices=SCHEDULES, help="after warm-up: cosine to zero, or ×0.1 at each milestone")

@@ -30,6 +30,8 @@ TABLE_BYTES = 2**32  # of a table of teacher logits: a fixed limit, so that a co
 def resolve(args):
     """Fill in what the flags left to the recipe and to the machine; returns args."""
     common.fill_recipe(args)
+    for loss in (common.one_hot_loss, common.student_loss):
+        runs.source_of(loss)  # noted now: the file may be edited while this runs
     args.device = use_device(args.device)
     if args.precision == "auto":
         # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.

@@ -6,6 +6,7 @@ and logits.npz, which is written last and so says that the run is finished. To c
 
 import argparse
 import ast
+import functools
 import hashlib
 import inspect
 import io
@@ -76,9 +77,9 @@ def reading(what, fix="restore it or make it again"):
         yield
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename or what} does not exist: {fix}") from None
     except Exception as error:  # numpy, zip, pickle, PIL, json, a hub: each raises kinds of its own on damaged files
+        if isinstance(error, FileNotFoundError) and error.filename:  # torchvision's names none
+            raise InputError(f"{error.filename} does not exist: {fix}") from None
         raise InputError(f"{what} cannot be read ({first_line(error)}): {fix}") from None
 
 
@@ -325,10 +326,10 @@ def kept_result(path, settings, compute):
             fix = "choose another folder for results, or remove it"
             raise InputError(f"{path} was made with other settings ({', '.join(different)}): {fix}")
         return kept["result"]
+    path.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is told before the work
     started = time.perf_counter()
     result = json.loads(json.dumps(compute()))
     seconds = time.perf_counter() - started
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = dict(settings=settings, seconds=seconds, versions=versions(), result=result, sha256=digest(result))
     write_text(path, json.dumps(kept))  # plain json: unlike a report, it must give NaN back as NaN
     print(f"{path.stem}: {seconds:.1f} s")
@@ -387,6 +388,10 @@ def read_array(path):
 def _csv_array(file):
     """Numbers or words [N] or [N, C] of a .csv, whose first line may be a header; within `reading`."""
     cells = np.loadtxt(file, str, delimiter=",", comments=None, ndmin=2, encoding="utf-8-sig")
+    if cells.shape[1] > 1 and cells[0, 0] == "":
+        raise ValueError("its first column is an index, as pandas writes it: save it with index=False")
+    if cells.shape[1] > 1 and cells[0].tolist() == [str(k) for k in range(cells.shape[1])]:
+        cells = cells[1:]  # the header of pandas for columns without names
     for first in (0, 1):  # line 0 may be a header
         try:
             numbers = cells[first:].astype(float)
@@ -428,8 +433,12 @@ def check_logits(logits, name, like=None):
 def check_labels(labels, name, logits):
     """Labels as int64 [N], words numbered in sorted order; InputError when they do not fit the logits."""
     labels, (n, classes) = np.asarray(labels), logits.shape
+    if labels.dtype.kind in "US" and np.char.isdecimal(labels.astype("U")).all():
+        labels = labels.astype(np.int64)  # whole numbers as text: sorted as words, 10 would come before 2
     if labels.dtype.kind in "US":
         words, labels = np.unique(labels, return_inverse=True)
+        if len(words) != classes:  # with one missing, which number is whose cannot be known
+            raise InputError(f"{name} has {len(words)} different words for {classes} classes: give their numbers")
         shown = ", ".join(f"{word} = {k}" for k, word in enumerate(words[:4].tolist()))
         print(f"{name}: its {len(words)} labels are numbered in sorted order ({shown}{', …' * (len(words) > 4)})")
     fits = labels.shape == (n,) and labels.dtype.kind in "iu"
@@ -561,6 +570,9 @@ def start_run(run, args, role, seed, data, model, **facts):
         if others and not lost:
             fix = "choose another --out; if it was a run, --overwrite trains it again"
             raise InputError(f"{run} is not empty and has no config.json: {fix}")
+    teacher = facts.get("teacher")
+    if args.overwrite and teacher and os.path.realpath(teacher) == os.path.realpath(run):
+        raise InputError(f"--overwrite would discard {run}, this run's own teacher: choose another --out")
     if args.overwrite or not path.exists():
         discard(run, role)
         write_json(path, config)
@@ -592,6 +604,7 @@ def _differences(before, after, prefix=""):
             yield prefix + key, f"{prefix}{key}: {was!r} there, {now!r} now"
 
 
+@functools.cache  # as it was when it was first asked for: the file may be edited while this runs
 def source_of(function):
     """The lines of a function and of those that it calls in its own file: comments, docstrings and layout aside.
 

@@ -281,6 +281,8 @@ def main(argv=None):
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
     args.switch_at = sorted(set(args.switch_at))
     data = common.data_from(args)
+    if not args.train_only:
+        args.results.mkdir(parents=True, exist_ok=True)
     base = args.out or f"runs/{runs.default_name(args)}"
     folders = [train_seed(base, args, seed, data) for seed in args.seeds]
     if args.train_only:
@@ -288,7 +290,6 @@ def main(argv=None):
     rows = switch_table(folders, args)
     teachers = {seed.get("teacher") for seed in folders}
     over = f"{claims.scope(len(folders), len(teachers))}; {runs.fit_note(rows[0]['fit'])}"
-    args.results.mkdir(parents=True, exist_ok=True)
     runs.write_json(args.results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
     runs.write_text(args.results / "switch.md", f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}")
     claims.save_claims(args.results, switch_claims(rows), over)
