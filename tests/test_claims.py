@@ -1,4 +1,4 @@
-"""Intervals, verdicts and tables of claims.py."""
+"""Intervals, verdicts, tables and files of figures: claims.py."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import pytest
 import scipy.stats
 
 import claims
-import report
 import runs
 
 
@@ -21,10 +20,10 @@ def test_seed_intervals_are_students_t():
 
 
 def test_resampled_sums_are_those_of_plain_draws():
-    columns, rng = np.random.default_rng(0).normal(size=(30, 2)), np.random.default_rng(7)
-    sums = claims.resampled_sums(columns, 70, np.random.default_rng(7))  # more than one chunk
+    columns, rng, counted = np.random.default_rng(0).normal(size=(30, 2)), np.random.default_rng(7), []
+    sums = claims.resampled_sums(columns, 70, np.random.default_rng(7), done=counted.append)  # more than one chunk
     plain = [columns.sum(0)] + [columns[rng.integers(30, size=30)].sum(0) for _ in range(70)]
-    assert np.allclose(sums, plain)
+    assert np.allclose(sums, plain) and sum(counted) == 70
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -58,6 +57,19 @@ def test_the_interval_of_a_ratio_covers_the_truth_and_is_unbounded_where_it_must
     assert (one["low"], one["high"]) == pytest.approx((0.5 - half, 0.5 + half))
 
 
+def test_the_interval_of_an_accuracy_is_that_of_combine_within_what_is_possible():
+    rng = np.random.default_rng(0)
+    hits = rng.random((3, 400)) < rng.random(400)
+    draws = [rng.integers(400, size=400) for _ in range(4000)]
+    seeds = [np.array([of_seed.mean(), *(of_seed[draw].mean() for draw in draws)]) for of_seed in hits]
+    expected, found = claims.combine(seeds), claims.accuracy(hits)
+    assert all(abs(found[key] - expected[key]) < 0.002 for key in ("value", "low", "high"))
+    one = claims.accuracy(hits[:1])  # points alone
+    assert 0 < one["high"] - one["value"] < 0.06
+    two = claims.accuracy([np.arange(400) < 200, np.arange(400) < 350])  # two seeds that differ: t is wide
+    assert (two["low"], two["high"]) == (0, 1)
+
+
 def test_an_undefined_statistic_has_an_undefined_interval_and_valid_json(tmp_path):
     interval = claims.combine([np.array([1.0, np.nan, 1.1])])
     assert np.isnan(interval["low"]) and claims.verdict((interval["low"], interval["high"]), 0) == "unclear"
@@ -83,25 +95,41 @@ def test_verdicts(interval, above, expected):
     assert claims.verdict(interval, 1.0, above) == expected
 
 
+def around(value, half=0.1):
+    return dict(value=value, low=value - half, high=value + half)
+
+
+@pytest.mark.parametrize(
+    "student, control, difference, expected",
+    [
+        (1.3, 1.35, -0.05, "as the control"),
+        (1.3, 1.2, 0.05, "as the control"),
+        (1.3, 1.15, 0.15, "holds"),
+        (1.3, 1.05, 0.05, "holds"),  # the control is not clearly above 1 itself
+        (1.05, 1.35, -0.3, "unclear"),
+        (0.8, 0.7, 0.15, "fails"),
+    ],
+)
+def test_a_claim_that_the_control_meets_too_needs_a_paired_difference(student, control, difference, expected):
+    more = dict(control=around(control), difference=around(difference))
+    assert claims.claim_of("a", "> 1", around(student), 1, **more)["verdict"] == expected
+    more = dict(control=around(-control), difference=around(-difference))  # the same from below
+    assert claims.claim_of("a", "< -1", around(-student), -1, above=False, **more)["verdict"] == expected
+
+
 def rows_of(*texts):
     return [claims.claim(text, "> 1", 1.2, 1.1, 1.3, 1, note="a") for text in texts]
 
 
-def test_headlines_of_all_tables_are_shown_in_the_papers_order(tmp_path, capsys):
+def test_headlines_are_shown_in_the_papers_order_in_one_unit_with_their_control(tmp_path, capsys):
     control = dict(value=0.5, low=0.25, high=math.inf)
-    for name, section in (("denoise", "§5"), ("fig1a", "§3.1")):
-        (tmp_path / name).mkdir()
-        row, other = rows_of(f"headline of {name}", f"another of {name}")
-        row = claims.headline(row, section, control, "%" * (name == "fig1a"))
-        claims.save_claims(tmp_path / name, [other, row], "one seed")
-    assert runs.read_json(tmp_path / "fig1a" / "claims.json")[0]["note"] == "a; one seed"
-    capsys.readouterr()
-    report.main(["--results", str(tmp_path), "--out", str(tmp_path)])
-    shown = capsys.readouterr().out
-    first = "| §3.1 | headline of fig1a | > 1 | 120.0 [110.0, 130.0] % | 50.0 [25.0, ?] % | holds |"
-    second = "| §5 | headline of denoise | > 1 | 1.20 [1.10, 1.30] | 0.50 [0.25, ?] | holds |"
-    assert shown.index(first) < shown.index(second) and "another" not in shown
-    assert "4 claims (4 holds): claims.md beside each figure" in shown
+    rows = [claims.headline(claims.claim("late", "> 1", 1.2, 1.1, 1.3, 1, control=control), "§5"), *rows_of("another")]
+    rows.append(claims.headline(claims.claim("first", "> 1%", 0.5, 0.4, 0.6, 0.01, unit="%", control=control), "§3.1"))
+    claims.save_claims(tmp_path, rows, "one seed", full=False)
+    shown, first = capsys.readouterr().out, "| §3.1 | first | > 1% | 50.0 [40.0, 60.0] % | 50.0 [25.0, ?] % | holds |"
+    assert shown.index(first) < shown.index("| §5 | late | > 1 | 1.20 [1.10, 1.30] | 0.50 [0.25, ?] | holds |")
+    assert "another" not in shown and "(3 holds)" in shown
+    assert runs.read_json(tmp_path / "claims.json")[1]["note"] == "a; one seed"
 
 
 def test_a_long_table_is_printed_as_its_headlines_alone(tmp_path, capsys):
@@ -120,28 +148,8 @@ def test_a_long_table_is_printed_as_its_headlines_alone(tmp_path, capsys):
 def test_a_joint_claim_holds_when_all_agree(found, expected):
     row = claims.joint_claim("all", dict(zip("ab", found.split(), strict=True)))
     held = found.split().count("holds")
-    assert row["verdict"] == expected and row["measured"] == held
-    assert claims.headline(row, "§5")["shown"] == f"{held} of 2" and f"(b) {found.split()[1]}" in row["note"]
-
-
-def test_agreement_by_chance_is_told_apart():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, 1000)
-    agreed, chance, above = claims.agreement(np.where(rng.random(1000) < 0.3, labels, 0), labels, 4)
-    assert agreed == pytest.approx(0.475, abs=0.05) and chance == pytest.approx(0.25, abs=0.02) and above
-    assert not claims.agreement(rng.integers(0, 4, 1000), labels, 4)[2]
-
-
-ODD = json.dumps([dict(claims.claim("a", "> 1", 1, 1, 1, 1), section="§9", shown="", control="")])
-
-
-@pytest.mark.parametrize(
-    "content", ['[{"claim": 1}]', '{"a": []}', "[[]]", "[", '[{"claim": 1, "measured": "x"}]', ODD]
-)
-def test_a_file_that_is_no_table_of_claims_is_refused(content, tmp_path):
-    (tmp_path / "claims.json").write_text(content)
-    with pytest.raises(runs.InputError, match=r"claims\.json cannot be read"):
-        claims.checked_claims(runs.read_json(tmp_path / "claims.json"), tmp_path / "claims.json")
+    assert row["verdict"] == expected and row["measured"] == held and row["shown"] == f"{held} of 2"
+    assert f"(b) {found.split()[1]}" in row["note"]
 
 
 def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
@@ -158,14 +166,3 @@ def test_a_figure_shows_its_points_and_has_the_same_bytes_again(tmp_path):
         assert not plt.get_fignums()  # closed
     for name in ("f.png", "f.pdf"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_the_interval_of_an_accuracy_is_that_of_combine():
-    rng = np.random.default_rng(0)
-    hits = rng.random((3, 400)) < rng.random(400)
-    draws = [rng.integers(400, size=400) for _ in range(4000)]
-    seeds = [np.array([of_seed.mean(), *(of_seed[draw].mean() for draw in draws)]) for of_seed in hits]
-    expected, found = claims.combine(seeds), claims.accuracy(hits)
-    assert all(abs(found[key] - expected[key]) < 0.002 for key in ("value", "low", "high"))
-    one = claims.accuracy(hits[:1])  # points alone
-    assert 0 < one["high"] - one["value"] < 0.06

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import HERE, TINY, run_cli
+from helpers import HERE, TINY, forked, ok, one_line_error, run_forked
 
 PATCHES = re.findall(r"```diff\n(.*?)```", (HERE / "docs/fork.md").read_text(encoding="utf-8"), re.DOTALL)
-# What is run in each copy, and what config.json of the last run must then say.
+SHARED = ("runs", "common", "engine", "claims", "deviation")
+# What is run in each copy, and what config.json must then say.
 CASES = {
     "logit loss": (["train_student.py", "--teacher", "t", "--logit-weight", "0.5"], ("flags", "logit_weight", 0.5)),
     "feature loss": (["train_student.py", "--teacher", "t"], ("flags", "kd_weight", 1.0)),
@@ -20,33 +22,44 @@ CASES = {
 }
 
 
-def test_there_is_a_patch_for_each_case():
-    assert len(PATCHES) == len(CASES)
+def forked_copy(script, args, cwd, out, err):
+    """`forked`, where the folder `cwd` takes the place of the project's."""
+    for module in SHARED:
+        sys.modules.pop(module, None)
+    sys.path[:] = [str(cwd), *(place for place in sys.path if Path(place).resolve() != HERE)]
+    forked(script, args, cwd, out, err)
 
 
 @pytest.mark.parametrize("name, patch", list(zip(CASES, PATCHES, strict=True)), ids=list(CASES))
-def test_a_patch_works(name, patch, tiny_runs, tmp_path):
+def test_a_patch_works_in_a_copy_of_one_script_and_the_shared_files(name, patch, tiny_runs, tmp_path):
     changed = [line for line in patch.splitlines() if re.match(r"[+-](?!\+\+ b|-- a)", line)]
-    assert len(changed) <= 12 and patch.count("+++ b/") == 1
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, tmp_path)
+    assert len(changed) <= 16 and patch.count("+++ b/") == 1
+    (script, *flags), (part, key, value) = CASES[name]
+    for file in (script, *(f"{module}.py" for module in SHARED)):
+        shutil.copy(HERE / file, tmp_path)
     subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
     shutil.copytree(tiny_runs / "runs" / "teacher-s0", tmp_path / "t")
-    (script, *flags), (part, key, value) = CASES[name]
-    command = [sys.executable, str(tmp_path / script), *TINY, *flags, "--out", "r"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
+
+    def run(*more):
+        return run_forked(forked_copy, tmp_path / script, [*TINY, *flags, *more], tmp_path)
+
+    ok(run("--out", "r"))
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config[part][key] == value
-    if "loss" in name:  # the student is another one than without the patch
-        plain = run_cli("train_student.py", *TINY, "--teacher", "t", "--out", "plain", cwd=tmp_path)
-        assert plain.returncode == 0, plain.stderr
-        losses = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("r", "plain")]
-        assert json.loads(losses[0])["train_loss"] > json.loads(losses[1])["train_loss"]
+    if "loss" not in name:
+        return
+    # The student is another one than without the patch, whose run it does not take for its own.
+    old = tiny_runs / "runs" / "kd-s0"
+    losses = [(run / "metrics.jsonl").read_text().splitlines()[-1] for run in (tmp_path / "r", old)]
+    assert json.loads(losses[0])["train_loss"] > json.loads(losses[1])["train_loss"]
+    shutil.copytree(old, tmp_path / "kd")
+    one_line_error(run("--out", "kd"), "other settings", "loss")
+    if name == "feature loss":
+        one_line_error(run("--arch", "mlp", "--out", "never"), "needs `features` in both networks")
+        assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/fork.md"])
+@pytest.mark.parametrize("page", [*HERE.glob("*.md"), *HERE.glob("docs/*.md")], ids=lambda page: page.name)
 def test_what_a_page_links_to_is_there(page):
-    targets = re.findall(r"\]\(([^)#]+)\)", (HERE / page).read_text(encoding="utf-8"))
-    files = [(HERE / page).parent / target for target in targets if ":" not in target]
-    assert [file for file in files if not file.exists()] == []
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if ":" not in target and not (page.parent / target).exists()] == []
