@@ -134,9 +134,9 @@ def measure(points, resamples=1000, done=None):
 def points_from_runs(seeds):
     """{split: [one dict per seed, see `replicates`]}, train and test, of finished runs.
 
-    seeds: {role: run folder} of each seed, roles teacher, student and control. Without a teacher, whose logits are then
-    in the student's teacher.npz, there are the splits of which it has logits. Without a control there is none.
-    InputError when one is not finished, or when labels or shapes differ.
+    seeds: {role: run folder} of each seed, roles teacher, student and control. Without a teacher its logits are those
+    in the teacher.npz of the run folder `taught`, by default the student's, and there are the splits that it has.
+    Without a control there is none. InputError when one is not finished, or when labels or shapes differ.
     """
     points = {"train": [], "test": []}
     for folders in seeds:
@@ -147,7 +147,7 @@ def points_from_runs(seeds):
                 files[name] = Path(folders[name]) / "logits.npz"
         arrays = {name: runs.read_npz(file, runs.LOGITS) for name, file in files.items()}
         if "teacher" not in folders:
-            files = dict(teacher=Path(folders["student"]) / "teacher.npz", **files)
+            files = dict(teacher=Path(folders.get("taught", folders["student"])) / "teacher.npz", **files)
             taught = runs.read_npz(files["teacher"], ["train_logits"], optional=["test_logits"])
             arrays["teacher"] = dict(arrays["student"], test_logits=None)
             arrays["teacher"].update(taught)
@@ -192,9 +192,12 @@ def deviation_claims(tables, section="§3.1"):
             slope = claims.headline(slope, section)
         if section == "§3.1" and split == "train":
             below = claims.headline(below, section)
-        of_label = "X and Y of the label instead of the predicted class"
-        label_slope = table["label"]["student"]["slope"]
-        rows += [slope, below, claims.claim_of(f"{steep} for the label's class", "> 1", label_slope, 1, of_label)]
+        rows += [slope, below]
+        of_label = {network: measured["slope"] for network, measured in table["label"].items()}
+        against = dict(control=of_label.get("control"), difference=of_label.get("student-control"))
+        note = "X and Y of the label instead of the predicted class"
+        text = f"{steep} for the label's class"
+        rows.append(claims.claim_of(text, "> 1", of_label["student"], 1, note, **against))
         if not control:
             continue
         text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"

@@ -32,6 +32,10 @@ def resolve(args):
     common.fill_recipe(args)
     for loss in (common.one_hot_loss, common.student_loss):
         runs.source_of(loss)  # noted now: the file may be edited while this runs
+    for flag in ("arch", "mean", "std", "size"):  # of scripts that have these flags
+        if getattr(args, f"teacher_{flag}", None) and not (args.teacher and args.teacher_arch):
+            fix = "give --teacher FILE and --teacher-arch with it"
+            raise InputError(f"--teacher-{flag} is of a file of weights: {fix}")
     args.device = use_device(args.device)
     if args.precision == "auto":
         # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
@@ -221,10 +225,6 @@ def open_teacher(args, seed, data, trained=None):
     """
     if bool(args.teacher) + bool(args.teacher_logits) + bool(trained) != 1:
         raise InputError("give one of --teacher (a run folder, or weights) and --teacher-logits")
-    for flag in ("arch", "mean", "std", "size"):
-        if getattr(args, f"teacher_{flag}") and not (args.teacher and args.teacher_arch):
-            fix = "give --teacher FILE and --teacher-arch with it"
-            raise InputError(f"--teacher-{flag} is of a file of weights: {fix}")
     name = str(args.teacher or args.teacher_logits or trained).replace("{seed}", str(seed))
     if args.teacher_logits or args.teacher_arch:
         return teacher_from_elsewhere(name, args, data)

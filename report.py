@@ -124,7 +124,6 @@ def read_claims(file):
     over = "; ".join(shared[::-1])
     for row in rows:
         row["note"] = row["note"].removesuffix(over).removesuffix("; ")
-        row.setdefault("shown", claims.cell(dict(row, value=row["measured"])))
         row.update(over=over, folder=file.parent)
     return SimpleNamespace(folder=file.parent, rows=rows, over=over, verdicts=claims.verdicts_in_words(rows))
 

@@ -610,6 +610,8 @@ def source_of(function):
 
     In config.json they tell runs of two losses apart. None where the source is not at hand.
     """
+    if not inspect.isfunction(function):
+        return None
     called = [function.__globals__.get(name) for name in function.__code__.co_names]
     lines = []
     for part in (function, *called):

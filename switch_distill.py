@@ -142,7 +142,7 @@ def switch_table(folders, args):
         for of_seed in folders:
             compared = (of_seed[direction, s], of_seed["onehot"], of_seed["kd"])
             per_seed.append(accuracy_sums(compared, args.bootstrap, np.random.default_rng(1)))
-            of_roles = dict(student=of_seed[direction, s], control=of_seed["onehot"])
+            of_roles = dict(student=of_seed[direction, s], control=of_seed["onehot"], taught=of_seed["kd"])
             if "teacher" in of_seed:
                 of_roles["teacher"] = of_seed["teacher"]
             roles.append(of_roles)
@@ -288,7 +288,7 @@ def main(argv=None):
     if args.train_only:
         return
     rows = switch_table(folders, args)
-    teachers = {seed.get("teacher") for seed in folders}
+    teachers = {runs.read_config(of_seed["kd"])["facts"]["teacher_sha256"] for of_seed in folders}
     over = f"{claims.scope(len(folders), len(teachers))}; {runs.fit_note(rows[0]['fit'])}"
     runs.write_json(args.results / "switch.json", dict(intervals=f"95%, {over}", rows=rows))
     runs.write_text(args.results / "switch.md", f"Intervals: 95%, {over}.\n\n{table_markdown(rows)}")

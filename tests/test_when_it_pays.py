@@ -53,7 +53,7 @@ def test_measures_are_those_of_the_runs(finished):
 
 def test_a_teacher_without_the_state_is_named(finished, monkeypatch):
     folder, _ = finished
-    process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.25, 0.5, 0.95, 1, cwd=folder)
-    one_line_error(process, "lacks its state at 0.25 of", "--snapshot-at 0.25 0.5")  # 0.95 rounds to the last step
+    process = run_cli("when_it_pays.py", *TINY, "--seeds", 0, 1, "--stop-at", 0.34, 0.5, 0.95, 1, cwd=folder)
+    one_line_error(process, "lacks its state at 0.34 of", "0.25 0.34 0.5")  # 0.95 rounds to the last step
     monkeypatch.chdir(folder)
     assert "--kd-weight 0 leaves nothing" in refused(when_it_pays, *TINY, "--kd-weight", 0)
