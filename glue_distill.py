@@ -1,16 +1,16 @@
-"""Language (paper §3, GLUE): distil RoBERTa into itself and a smaller one, with deviations and the loss switch.
+"""Language (paper §3, GLUE): distil a text classifier into itself and a smaller one, with Figure 1a of each student.
 
     python glue_distill.py --seeds 0 1 2                                                  # embedded synthetic sentiment
     python glue_distill.py --task sst-2 --teacher roberta-base --student roberta-base distilroberta/distilroberta-base
-    python glue_distill.py --task cola --teacher mini --student mini tiny --mlm-epochs 20 # no weights needed
-    python glue_distill.py --task csv:reviews.csv --mode onehot kd                        # columns text[,text2],label
+    python glue_distill.py --task cola --teacher mini --student mini tiny                 # from scratch
+    python glue_distill.py --task csv:reviews.csv --teacher FOLDER                        # columns text[,text2],label
 
-A model from scratch (tiny, mini, … or LAYERSxHIDDEN) first learns the task's sentences by masked-language modelling,
-once per size and seed: teacher and self-distilled student continue the same weights, as in the paper, with their own
-heads, orders and dropout. Teacher logits come from its logits.npz: text is not augmented, so they are exact. Writes
-into --results, for each student: fig1a, statistics, claims, and switch/ with fig1b; for all glue.json and glue.md.
-Departures from the paper: sentence order is by length within pools of 50 batches; the switch is abrupt; GLUE's dev set
-is the test set (its labels are public).
+Each seed trains a teacher on the labels and, for each student, a one-hot control and a network distilled from the
+teacher's logits.npz. Text is not augmented, so these logits are exact. A saved model begins as teacher and as student
+from the same weights, with a head, an order and dropout of its own. Writes into --results glue.json and glue.md with
+all scores, and a folder for each student: fig1a, statistics and claims.
+Departures from the paper: sentence order is by length within pools of 50 batches; GLUE's dev set is the test set (its
+labels are public).
 """
 
 import argparse
@@ -18,97 +18,87 @@ import csv
 import hashlib
 import math
 import re
+from collections import namedtuple
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import analyze_deviation
 import claims
 import common
+import deviation
 import engine
 import runs
-import switch_distill
 from runs import InputError, number
-from switch_distill import SWITCHES
 
 # ---------------------------------------------------------------- texts
 
-
-class GlueTask(NamedTuple):
-    """GLUE's original TSV layout: folder, columns of the sentences, column of the label, and names of the classes in
-    the order of Hugging Face, whose own columns are hub_columns where they have other names."""
-
-    folder: str
-    columns: tuple
-    label: str
-    classes: tuple = ("0", "1")
-    hub_columns: tuple = ()
-
-
-ENTAILMENT = ("entailment", "not_entailment")
-PAIR = ("sentence1", "sentence2")
-GLUE = {
-    "cola": GlueTask("CoLA", ("sentence",), "label"),
-    "sst-2": GlueTask("SST-2", ("sentence",), "label"),
-    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", hub_columns=PAIR),
-    "rte": GlueTask("RTE", PAIR, "label", ENTAILMENT),
-    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
-    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate"),
-    "mnli": GlueTask("MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")),
+# Of a published task: folder in --data-dir, columns of texts and label, classes in the order of Hugging Face, and its
+# repository there with the columns of texts.
+Published = namedtuple("Published", "folder columns label classes repository hub_columns")
+GLUE = "nyu-mll/glue"
+PAIR = ["sentence1", "sentence2"]
+BINARY = ["0", "1"]
+ENTAILMENT = ["entailment", "not_entailment"]
+NLI = ["entailment", "neutral", "contradiction"]
+TOPICS = ["World", "Sports", "Business", "Sci/Tech"]
+PUBLISHED = {
+    "cola": Published("CoLA", ["sentence"], "label", BINARY, GLUE, ["sentence"]),
+    "sst-2": Published("SST-2", ["sentence"], "label", BINARY, GLUE, ["sentence"]),
+    "mrpc": Published("MRPC", ["#1 String", "#2 String"], "Quality", BINARY, GLUE, PAIR),
+    "rte": Published("RTE", PAIR, "label", ENTAILMENT, GLUE, PAIR),
+    "qnli": Published("QNLI", ["question", "sentence"], "label", ENTAILMENT, GLUE, ["question", "sentence"]),
+    "qqp": Published("QQP", ["question1", "question2"], "is_duplicate", BINARY, GLUE, ["question1", "question2"]),
+    "mnli": Published("MNLI", PAIR, "gold_label", NLI, GLUE, ["premise", "hypothesis"]),
+    "imdb": Published("imdb", ["text"], "label", ["neg", "pos"], "stanfordnlp/imdb", ["text"]),
+    "ag_news": Published("ag_news", ["text"], "label", TOPICS, "fancyzhx/ag_news", ["text"]),
 }
-METRICS = {"cola": ("mcc",), "mrpc": ("acc", "f1"), "qqp": ("acc", "f1")}  # of other tasks: accuracy
-HUB = {
-    "imdb": ("stanfordnlp/imdb", ("neg", "pos")),
-    "ag_news": ("fancyzhx/ag_news", ("World", "Sports", "Business", "Sci/Tech")),
-}
-TASKS = ("sentiment", *GLUE, *HUB)
-MODES = ("onehot", "kd", *SWITCHES)
+METRICS = {"cola": ["mcc"], "mrpc": ["acc", "f1"], "qqp": ["acc", "f1"]}  # of other tasks: accuracy
+TASKS = ("sentiment", *PUBLISHED)
+COLUMNS = dict(text=["text", "sentence", "review"], label=["label", "sentiment"], text2=["text2"])  # of csv: best first
 
 
 @dataclass
 class Split:
-    """Texts of one split: first and second (None for single sentences) lists of N str, labels int64 [N].
+    """N texts of one split, each a tuple of one or two str, with labels int64 [N].
 
-    probability [N, 2]: the true probabilities of the classes, known for the embedded task alone.
+    clean: labels without noise, int64 [N]; of the embedded task the more probable classes, of all others the labels.
     """
 
-    first: list
+    texts: list
     labels: np.ndarray
-    second: list | None = None
-    probability: np.ndarray | None = None
+    clean: np.ndarray
 
     def take(self, index):
-        first, second = (texts and [texts[k] for k in index] for texts in (self.first, self.second))
-        probability = None if self.probability is None else self.probability[index]
-        return Split(first, self.labels[index], second, probability)
+        return Split([self.texts[k] for k in index], self.labels[index], self.clean[index])
 
-    def sentences(self):
-        return self.first + (self.second or [])
-
-
-@dataclass
-class Texts:
-    """One task: splits train, test and, for MNLI, mismatched; index [n_train] into the full training set; facts for
-    config.json."""
-
-    splits: dict
-    classes: int
-    index: np.ndarray
-    facts: dict
+    def columns(self):
+        """The first texts, and the second ones or None, as lists."""
+        first, *second = (list(column) for column in zip(*self.texts, strict=True))
+        return first, second[0] if second else None
 
 
-def load_task(name, data_dir="data", subset=0, data_seed=0):
-    """Load a task as `Texts`: sentiment, a GLUE task, imdb, ag_news, or csv:PATH.
+def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
+    """A task: sentiment, one of GLUE's, imdb, ag_news, or csv:PATH, as a namespace of three.
 
-    Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts, a seeded and
-    nested draw; 0 for all. InputError for an unknown task, a torn or missing file, or too few texts.
+    splits {name: Split}: train, test and, of MNLI, mismatched; index [n_train]: places in the full training set; facts:
+    for config.json. Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts,
+    a seeded and nested draw; 0 for all. columns: see `read_csv`. Says how many test texts are training texts too.
+    InputError for an unknown task, a torn or missing file, or too few texts.
     """
-    splits, names = load_splits(name, Path(data_dir), data_seed)
+    if name == "sentiment":
+        names = ["negative", "positive"]
+        splits = dict(train=sentiment(4000, "train", data_seed), test=sentiment(2000, "test", data_seed))
+    elif name.startswith("csv:"):
+        names, splits = csv_splits(Path(name[4:]), data_seed, columns)
+    elif name in PUBLISHED:
+        names, splits = published(name, Path(data_dir), data_seed)
+    else:
+        raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
     n = len(splits["train"].labels)
     if subset > n:
         raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
@@ -118,57 +108,43 @@ def load_task(name, data_dir="data", subset=0, data_seed=0):
     if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
         needed = "train and test need two classes each, and 8 test texts at least"
         raise InputError(f"{name}: {needed}: give more data or a larger --subset")
-    digest = hashlib.sha256(repr([(key, s.first, s.second, s.labels.tolist()) for key, s in splits.items()]).encode())
+    known = set(splits["train"].texts)
+    for key, split in splits.items():
+        shared = sum(text in known for text in split.texts)
+        if shared and key != "train":
+            print(f"note: {shared} of the {len(split.texts)} {key} texts are among the training texts too")
+    content = repr([(key, *split.columns(), split.labels.tolist()) for key, split in splits.items()])
     facts = dict(name=name, classes=len(names), class_names=list(names), subset=subset, label_noise=0.0)
-    facts |= dict(data_seed=data_seed, sha256=digest.hexdigest())
-    facts |= {f"n_{key}": len(split.labels) for key, split in splits.items()}
-    if test.probability is not None:
-        facts["bayes_accuracy"] = float((test.probability.argmax(1) == test.labels).mean())
-    return Texts(splits, len(names), index, facts)
-
-
-def load_splits(name, data_dir, data_seed):
-    """({split: Split}, names of the classes) of a task, before the subset is drawn."""
+    facts.update(data_seed=data_seed, sha256=hashlib.sha256(content.encode()).hexdigest())
+    facts.update({f"n_{key}": len(split.labels) for key, split in splits.items()})
     if name == "sentiment":
-        parts = (("train", 4000), ("test", 2000))
-        return {part: sentiment(n, part, data_seed) for part, n in parts}, ("negative", "positive")
-    if name in GLUE:
-        return glue(name, data_dir), GLUE[name].classes
-    if name.startswith("csv:"):
-        return csv_splits(Path(name[4:]), data_seed)
-    if name not in HUB:
-        raise InputError(f"unknown --task {name!r}: use {', '.join(TASKS)} or csv:PATH")
-    if (data_dir / name).is_dir():
-        return csv_splits(data_dir / name, data_seed)
-    repository, classes = HUB[name]
-    instead = f"train.csv and test.csv (columns text,label) into {data_dir / name}"
-    return hub(repository, None, ("text",), dict(train="train", test="test"), instead), classes
+        facts["bayes_accuracy"] = float((test.clean == test.labels).mean())
+    return SimpleNamespace(splits=splits, index=index, facts=facts)
 
 
-def glue(name, data_dir):
-    """The splits of a GLUE task, from its original folder in data_dir or data_dir/glue, else from the hub."""
-    task, parts = GLUE[name], dict(train="train", test="dev")
+def published(name, data_dir, data_seed):
+    """(class names, splits) of a published task, from its files in data_dir or data_dir/glue, else from the hub."""
+    task = PUBLISHED[name]
+    config, ending, parts = name.replace("-", ""), "tsv", dict(train="train", test="dev")
     if name == "mnli":
-        parts |= dict(test="dev_matched", mismatched="dev_mismatched")
+        parts.update(test="dev_matched", mismatched="dev_mismatched")
+    if task.repository != GLUE:
+        config, ending, parts = None, "csv", dict(train="train", test="test")
     for folder in (data_dir / task.folder, data_dir / "glue" / task.folder):
+        if folder.is_dir() and ending == "csv":
+            return csv_splits(folder, data_seed)
         if folder.is_dir():
-            return {key: read_tsv(folder / f"{part}.tsv", name) for key, part in parts.items()}
-    instead = f"{', '.join(f'{part}.tsv' for part in parts.values())} of GLUE into {data_dir / task.folder}"
-    parts = {key: part.replace("dev", "validation") for key, part in parts.items()}
-    return hub("nyu-mll/glue", name.replace("-", ""), task.hub_columns or task.columns, parts, instead)
-
-
-def hub(repository, config, columns, parts, instead):
-    """Splits through Hugging Face `datasets`; `instead` says which files serve without a network."""
+            return task.classes, {key: read_tsv(folder / f"{part}.tsv", name) for key, part in parts.items()}
     import datasets
 
-    splits = {}
-    with runs.reading(repository, f"put {instead}"):
+    splits, files = {}, ", ".join(f"{part}.{ending}" for part in parts.values())
+    with runs.reading(task.repository, f"put {files} into {data_dir / task.folder}"):
         for key, part in parts.items():
-            loaded = datasets.load_dataset(repository, config, split=part)
-            first, *second = (list(loaded[column]) for column in columns)
-            splits[key] = Split(first, np.array(loaded["label"], np.int64), *second)
-    return splits
+            loaded = datasets.load_dataset(task.repository, config, split=part.replace("dev", "validation"))
+            texts = list(zip(*(list(loaded[column]) for column in task.hub_columns), strict=True))
+            labels = np.array(loaded["label"], np.int64)
+            splits[key] = Split(texts, labels, labels)
+    return task.classes, splits
 
 
 def read_tsv(path, name):
@@ -176,7 +152,7 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    task, fix = GLUE[name], "put GLUE's original file there"
+    task, fix = PUBLISHED[name], "put GLUE's original file there"
     with runs.reading(path, fix):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
@@ -187,60 +163,69 @@ def read_tsv(path, name):
     missing = [column for column in (*task.columns, task.label) if column not in header]
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
-    label, whole = header.index(task.label), []
+    *places, label = (header.index(column) for column in (*task.columns, task.label))
+    texts, labels = [], []
     for k, row in rows:
         if len(row) == len(header) and row[label] in task.classes:
-            whole.append(row)
+            texts.append(tuple(row[place] for place in places))
+            labels.append(task.classes.index(row[label]))
         elif name != "qqp":
             what = f"the row has not {len(header)} columns, or not the label {' or '.join(task.classes)}"
             raise InputError(f"{path}, line {k}: {what}: repair or remove that line")
-    if len(whole) < len(rows):
-        print(f"{path}: {len(rows) - len(whole)} torn rows skipped")
-    first, *second = ([row[header.index(column)] for row in whole] for column in task.columns)
-    return Split(first, np.array([task.classes.index(row[label]) for row in whole], np.int64), *second)
+    if len(texts) < len(rows):
+        print(f"{path}: {len(rows) - len(texts)} torn rows skipped")
+    labels = np.array(labels, np.int64)
+    return Split(texts, labels, labels)
 
 
-def csv_splits(path, data_seed):
-    """(splits, class names) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth is the
-    test split. Prints the classes."""
+def csv_splits(path, data_seed, columns=None):
+    """(class names, splits) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth of the
+    different texts is the test split. Prints the classes."""
     if path.is_dir():
-        train, test = (read_csv(path / f"{part}.csv") for part in ("train", "test"))
-        if (train.second is None) != (test.second is None):
+        (texts, words), test = (read_csv(path / f"{part}.csv", columns or {}) for part in ("train", "test"))
+        in_test = np.arange(len(texts) + len(test[0])) >= len(texts)
+        texts, words = texts + test[0], words + test[1]
+        if len({len(text) for text in texts}) > 1:
             raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
-        table = read_csv(path)
-        order = torch.randperm(len(table.labels), generator=common.generator("split", data_seed)).numpy()
-        test, train = (table.take(np.sort(part)) for part in np.split(order, [len(order) // 5]))
+        texts, words = read_csv(path, columns or {})
+        different = list(dict.fromkeys(texts))
+        order = torch.randperm(len(different), generator=common.generator("split", data_seed)).tolist()
+        drawn = {different[k] for k in order[: len(order) // 5]}
+        in_test = np.array([text in drawn for text in texts], bool)
+        if len(different) < len(texts):
+            print(f"{path}: {len(texts) - len(different)} rows repeat a text; all rows of a text go into one split")
+    classes = [class_of(word) for word in words]
     names = {}  # {class: the shortest way in which it is written}
-    for label in sorted(set(train.labels), key=lambda label: (class_of(label), len(label), label)):
-        names.setdefault(class_of(label), label)
-    values = [value for is_word, value, _ in names if not is_word]
-    if len(values) > 20 and any(value != value.to_integral_value() for value in values):
-        what = f"{path}: the label is a regression target ({len(values)} different numbers, some of them not whole)"
+    for known, _, word in sorted({(classes[k], len(words[k]), words[k]) for k in np.flatnonzero(~in_test)}):
+        names.setdefault(known, word)
+    if len(names) > 20 and any(value != value.to_integral_value() for _, value, _ in names):
+        what = f"{path}: the label is a regression target ({len(names)} different numbers, some of them not whole)"
         raise InputError(f"{what}: give classes, such as its values in a few bins")
-    unseen = [label for label in test.labels if class_of(label) not in names]
+    unseen = [word for word, known in zip(words, classes, strict=True) if known not in names]
     if unseen:
         raise InputError(f"{path}: the label {min(unseen)!r} is in no training text: give some, or remove these texts")
-    numbers = {key: k for k, key in enumerate(names)}
-    for split in (train, test):
-        split.labels = np.array([numbers[class_of(label)] for label in split.labels], np.int64)
-    counts = np.bincount(np.concatenate([train.labels, test.labels]))
-    shown = [f"{name[:40]} ({count})" for name, count in zip(names.values(), counts, strict=True)][:20]
+    places = {known: k for k, known in enumerate(names)}
+    labels = np.array([places[known] for known in classes], np.int64)
+    shown = [f"{word[:40]} ({count})" for word, count in zip(names.values(), np.bincount(labels), strict=True)][:20]
     print(f"{path}: {len(names)} classes; the first ones, with their numbers of texts: {', '.join(shown)}")
-    return dict(train=train, test=test), list(names.values())
+    every = Split(texts, labels, labels)
+    splits = dict(train=every.take(np.flatnonzero(~in_test)), test=every.take(np.flatnonzero(in_test)))
+    return list(names.values()), splits
 
 
-def class_of(label):
+def class_of(word):
     """The class of a csv label, for sorting: numbers come first, by size; 1, 1.0 and 01 are one class."""
-    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?", label, re.IGNORECASE):
-        return 0, Decimal(label), ""
-    return 1, Decimal(0), label
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?", word, re.IGNORECASE):
+        return 0, Decimal(word), ""
+    return 1, Decimal(0), word
 
 
-def read_csv(path):
-    """A CSV file with the columns text[,text2],label as a Split, whose labels are still words.
+def read_csv(path, columns):
+    """(texts as `Split` has them, labels as words) of a CSV file with the columns text[,text2],label.
 
-    InputError names the line in which a row begins that is torn, or that a stray quote joins with others.
+    columns: {column: its name}, where that is none of those in COLUMNS. InputError names the line in which a
+    row begins that is torn, that lacks a text, or that a stray quote joins with others.
     """
     rows, start = [], 1
     fix = "save it as UTF-8 CSV with the columns text[,text2],label"
@@ -254,23 +239,29 @@ def read_csv(path):
             fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
             raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
     header = rows.pop(0)[1] if rows else []
-    if header.count("text") != 1 or header.count("label") != 1 or header.count("text2") > 1:
-        needed = "it must name the columns text[,text2],label, with commas between, not tabs or semicolons"
-        raise InputError(f"{path}, line 1 is {','.join(header)[:80]!r}: {needed}")
-    width, label = len(header), header.index("label")
+    names, places = [name.strip().casefold() for name in header], {}
+    for kind, wanted in COLUMNS.items():
+        if columns.get(kind):
+            wanted = [columns[kind].strip().casefold()]
+        found = [name for name in wanted if name in names]
+        if found and names.count(found[0]) == 1:
+            places[kind] = names.index(found[0])
+        elif found or kind != "text2":
+            what = f"{path}, line 1 is {','.join(header)[:80]!r}: it must name one column {' or '.join(wanted)}"
+            fix = "rename it, or give --text-column and --label-column"
+            raise InputError(f"{what}, with commas between, not tabs or semicolons: {fix}")
+    label = places.pop("label")
     rows = [(start, row) for start, row in rows if row]  # without blank lines
-    known = {row[label] for _, row in rows if len(row) == width}
+    known = {row[label] for _, row in rows if len(row) == len(header)}
     for start, row in rows:
-        if len(row) != width or not row[label].strip():
-            what = f"the row has {len(row)} columns instead of {width}, or no label"
+        if len(row) != len(header) or not all(row[k].strip() for k in (label, *places.values())):
+            what = f"the row must have {len(header)} columns (it has {len(row)}), a text and a label"
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
         # Two stray quotes join rows to a cell of several lines, of which one has all columns and a known label.
         lines = "\n".join(cell for cell in row if len(cell.splitlines()) > 1).splitlines()
-        if any(len(cells) == width and cells[label] in known for cells in (line.split(",") for line in lines)):
+        if any(len(cells) == len(header) and cells[label] in known for cells in (line.split(",") for line in lines)):
             raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
-    table = {name: [row[k] for _, row in rows] for k, name in enumerate(header)}
-    labels = np.array([word.strip() for word in table["label"]], dtype=object)
-    return Split(table["text"], labels, table.get("text2"))
+    return [tuple(row[k] for k in places.values()) for _, row in rows], [row[label].strip() for _, row in rows]
 
 
 # The embedded task. Strong words count 2, mild ones 1.
@@ -288,7 +279,7 @@ INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 
 
 
 def sentiment(n, part, data_seed):
-    """n generated film reviews with labels drawn from known probabilities (synthetic; not a corpus of anyone's words).
+    """A Split of n generated film reviews with labels drawn from known probabilities (synthetic, of no corpus).
 
     A clause scores ±1 or ±2 by its adjective, times its intensifier, times −0.6 when negated. "A and B" joins clauses
     of the same sign and scores A + B; "A but B" and "although A, B" join opposite ones and score 0.4·A + B, so that the
@@ -318,11 +309,11 @@ def sentiment(n, part, data_seed):
         elif form < 0.6:
             other, less = clause(-sign)
             text, score = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}", score + 0.4 * less
-        texts.append(f"{text} .")
+        texts.append((f"{text} .",))
         scores.append(score)
     positive = 1 / (1 + np.exp(-2 * np.array(scores)))
     labels = (rng.random(n) < positive).astype(np.int64)
-    return Split(texts, labels, probability=np.stack([1 - positive, positive], axis=1))
+    return Split(texts, labels, (positive > 0.5).astype(np.int64))
 
 
 # ---------------------------------------------------------------- tokens and batches
@@ -338,7 +329,7 @@ def byte_level_bpe(texts, vocab_size):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size, 2, show_progress=False, special_tokens=list(special.values()))
     bpe._tokenizer.post_processor = RobertaProcessing(*((word, bpe.token_to_id(word)) for word in ("</s>", "<s>")))
-    special |= dict(cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"])
+    special.update(cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
 
@@ -353,14 +344,6 @@ class Tokens:
         """Model inputs of the texts `index` [B] (on the CPU), padded to the longest of them."""
         longest = int(self.lengths[index].max())
         return {name: rows[index.to(rows.device), :longest].long() for name, rows in self.inputs.items()}
-
-
-def encode(tokenizer, first, second, max_length, device):
-    """Texts as `Tokens`, truncated to max_length (the longer of a pair first)."""
-    tokenizer.padding_side = "right"
-    options = dict(truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    inputs = tokenizer(first, second, return_attention_mask=True, **options)
-    return Tokens({name: rows.int().to(device) for name, rows in inputs.items()}, inputs["attention_mask"].sum(1))
 
 
 def length_batches(lengths, batch, *key, pool=50):
@@ -380,6 +363,7 @@ def length_batches(lengths, batch, *key, pool=50):
 # layers, hidden units, heads. Smaller at the small end than those of Turc et al. 2019, so that a CPU trains them fast.
 SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "small": (4, 256, 4), "medium": (8, 512, 8), "base": (12, 768, 12)}
 VOCABULARY = 8000  # most tokens of a model from scratch
+FORWARD_TOKENS = dict(cpu=2048, cuda=65536)  # of a forward without a step: more leave a CPU's cache, which takes longer
 TOKENIZERS = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
 MODEL_FIX = f"give a folder (config.json, model.safetensors, {TOKENIZERS}), a hub id, or a size: tiny, …, LAYERSxHIDDEN"
 
@@ -390,65 +374,60 @@ def size_of(name):
     if not match:
         return SIZES.get(name)
     layers, hidden = map(int, match.groups())
-    if hidden > 32 and hidden % 32:
-        raise InputError(f"--student or --teacher {name}: hidden units must be below 32, or a multiple of 32")
-    return layers, hidden, max(1, hidden // (64 if hidden % 64 == 0 else 32))
-
-
-@dataclass
-class Model:
-    """What every run of one model shares. tokens: {split: Tokens}; epochs, lr: defaults; facts: for config.json."""
-
-    name: str
-    scratch: bool
-    config: object
-    tokenizer: object
-    tokens: dict
-    epochs: int
-    lr: float
-    facts: dict
+    per_head = next(units for units in (64, 32, hidden) if hidden % units == 0)
+    return layers, hidden, hidden // per_head
 
 
 def prepare(name, data, args):
-    """The `Model` of a size, hub id or local folder for this task; InputError when they do not fit each other."""
-    scratch = size_of(name) is not None
-    config, tokenizer = scratch_model(name, data, args) if scratch else saved_model(name, data, args)
-    tokens = {}
+    """What all runs of one model share, a namespace, of a size, hub id or local folder; InputError where it fits not.
+
+    name; config of transformers; tokens {split: Tokens}, of a pair the longer text cut first; facts for config.json;
+    rows of a saved classifier's head in the task's order of classes, [] where it is for other classes, else None.
+    """
+    make = scratch_model if size_of(name) else saved_model
+    config, tokenizer, rows = make(name, data, args)
+    tokens, tokenizer.padding_side = {}, "right"
+    options = dict(truncation=True, max_length=args.max_length, padding=True, return_attention_mask=True)
     with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
         for key, split in data.splits.items():
-            tokens[key] = encode(tokenizer, split.first, split.second, args.max_length, args.device)
+            inputs = tokenizer(*split.columns(), return_tensors="pt", **options)
+            rows_of = {kind: values.int().to(args.device) for kind, values in inputs.items()}
+            tokens[key] = Tokens(rows_of, inputs["attention_mask"].sum(1))
     truncated = (tokens["train"].lengths >= args.max_length).double().mean().item()
     facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
-    facts |= dict(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
+    facts.update(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
     shown = ", ".join(f"{key} {value}" for key, value in facts.items())
     print(f"{name}: {shown}; {100 * truncated:.1f}% of the training texts have that length or are truncated to it")
     every = b"".join(part.inputs["input_ids"].cpu().numpy().tobytes() for part in tokens.values())
     facts["tokens_sha256"] = hashlib.sha256(every).hexdigest()
-    # From scratch 1e-3 for tiny, inversely with the width above it; pretrained: within Liu et al. 2019, table 10.
-    epochs, lr = (6, min(1e-3, 0.064 / config.hidden_size)) if scratch else (3, 2e-5)
-    return Model(name, scratch, config, tokenizer, tokens, epochs, lr, facts)
+    if size_of(name):
+        facts["dropout"] = config.hidden_dropout_prob
+    return SimpleNamespace(name=name, config=config, rows=rows, tokens=tokens, facts=facts)
 
 
 def scratch_model(name, data, args):
-    """(config, tokenizer) of a RoBERTa of a given size."""
+    """(config, tokenizer, None) of a RoBERTa of a given size."""
     from transformers import RobertaConfig
 
-    tokenizer = byte_level_bpe(data.splits["train"].sentences(), VOCABULARY)
+    first, second = data.splits["train"].columns()
+    tokenizer = byte_level_bpe(first + (second or []), VOCABULARY)
     layers, hidden, heads = size_of(name)
     shape = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * hidden)
-    shape |= dict(vocab_size=len(tokenizer), type_vocab_size=1, num_labels=data.classes)
+    shape.update(vocab_size=len(tokenizer), type_vocab_size=1, num_labels=data.facts["classes"])
     shape["max_position_embeddings"] = args.max_length + tokenizer.pad_token_id + 1
+    # With RoBERTa's dropout of 0.1 some seeds of a narrow model stay at what single words say of a text.
+    shape.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     # RoBERTa's 0.02 suits 768 units; scaled to the width, or a narrow model's layers would begin as almost nothing.
-    return RobertaConfig(**shape, initializer_range=0.02 * math.sqrt(768 / hidden)), tokenizer
+    return RobertaConfig(**shape, initializer_range=0.02 * math.sqrt(768 / hidden)), tokenizer, None
 
 
 def saved_model(name, data, args):
-    """(config, tokenizer) of a hub id or local folder, checked against each other and against the task."""
+    """(config, tokenizer, rows) of a hub id or local folder, checked against each other and the task; see `prepare`."""
     from transformers import AutoConfig, AutoTokenizer
 
     with runs.reading(f"model {name}", MODEL_FIX):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        texts = data.splits["train"].first[:200]
+        texts = data.splits["train"].columns()[0][:200]
         # Where files are missing, transformers makes up an empty tokenizer, to which every text is unknown.
         unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
         whole = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
@@ -457,314 +436,199 @@ def saved_model(name, data, args):
         if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
             what = f"the tokenizer in {name} is of another family than its model, or incomplete"
             raise InputError(f"{what}: put the model's own there ({TOKENIZERS})")
-        classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
-        if classifies and config.num_labels != data.classes:
-            what = f"model {name} has {config.num_labels} labels but {data.facts['name']} has {data.classes}"
-            raise InputError(f"{what}: give its base model, whose head is new")
-        config.num_labels = data.classes
+        rows = None
+        if any("SequenceClassification" in kind for kind in config.architectures or ()):
+            rows = head_rows(name, config, data.facts["class_names"])
+        if not rows:
+            config.num_labels = data.facts["classes"]
         # RoBERTa's family numbers positions from the padding token on, so the first ones are unused.
         unused = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         positions = getattr(config, "max_position_embeddings", math.inf) - unused
         if args.max_length > positions:
             raise InputError(f"--max-length {args.max_length} is too long for {name}: give at most {positions}")
-        return config, tokenizer
+        return config, tokenizer, rows
 
 
-def build_classifier(model, key, pretrained=None):
-    """A sequence classifier whose new weights depend on `key` alone; a saved classifier keeps its head.
+def head_rows(name, config, names):
+    """The rows (see `prepare`) of a saved classifier for classes of these `names`; says what becomes of its head."""
+    there = [str(config.id2label[k]).strip().casefold() for k in range(config.num_labels)]
+    here = [word.strip().casefold() for word in names]
+    if sorted(there) != sorted(here) or len(set(here)) < len(here):
+        print(f"{name}: a new head, for its own is of {', '.join(there)[:80]}, and this task of {', '.join(here)[:80]}")
+        return []
+    print(f"{name}: its head is kept, with its classes ({', '.join(there)[:80]}) in the task's order")
+    return [there.index(word) for word in here]
 
-    pretrained: state dict of a masked-language model of the same size, whose encoder is taken.
-    """
-    from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification
+
+def build_classifier(model, key):
+    """A sequence classifier whose new weights depend on `key` alone; a saved classifier of the task keeps its head."""
+    from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.stream_seed("init", *key))
-        if model.scratch:
-            network = RobertaForSequenceClassification(model.config)
-        else:
-            options = dict(config=model.config, output_loading_info=True)
-            with runs.reading(f"model {model.name}", "check its weights and its config.json"):
-                network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
-            network = network.float()
-            encoder = f"{network.base_model_prefix}."  # the head, and BERT's pooler, may be new
-            lost = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
-            if lost:
-                what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
-                raise InputError(f"{what}: its config.json and its weights do not belong together")
-    if pretrained:
-        encoder = {name: weights for name, weights in pretrained.items() if name.startswith("roberta.")}
-        network.load_state_dict(encoder, strict=False)
-    return network
+        if size_of(model.name):
+            return AutoModelForSequenceClassification.from_config(model.config)
+        options = dict(config=model.config, output_loading_info=True, ignore_mismatched_sizes=model.rows == [])
+        with runs.reading(f"model {model.name}", "check its weights and its config.json"):
+            network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
+        encoder = f"{network.base_model_prefix}."  # the head, and BERT's pooler, may be new
+        odd = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+        lost = sorted(name for name in odd if name.startswith(encoder) and "pooler" not in name)
+        if lost:
+            what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
+            raise InputError(f"{what}: its config.json and its weights do not belong together")
+        if model.rows == []:
+            saved = {name: weights for name, weights in network.state_dict().items() if name.startswith(encoder)}
+            network = AutoModelForSequenceClassification.from_config(model.config)
+            network.load_state_dict(saved, strict=False)
+    if model.rows:
+        layers = [part for part in network.modules() if getattr(part, "out_features", 0) == len(model.rows)]
+        for weights in layers[-1].parameters():  # weight and bias of the last one, which gives the logits
+            weights.data = weights.data[model.rows]
+    return network.float()
 
 
-# ---------------------------------------------------------------- losses and training
+# ---------------------------------------------------------------- training
 
 
-def learning_rate(step, peak, warmup, total):
-    """Linear warm-up over the share `warmup` of training, then linear decay to 0 (Devlin et al. 2019)."""
-    rise = warmup * total
-    return peak * min((step + 1) / (rise + 1), (total - step) / (total - rise))
+def train_text(run, model, args, role, seed, data, teacher_logits=None):
+    """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
 
-
-def run_flags(args, model, lr, epochs, **more):
-    """The flags that a run depends on, as `runs.start_run` compares them, and those that `engine.train` reads."""
-    kept = {name: getattr(args, name) for name in ("batch_size", "warmup", "precision", "device", "overwrite", "quiet")}
-    return argparse.Namespace(arch=model.name, lr=lr, epochs=epochs, **kept, **more)
-
-
-def train_texts(run, network, tokens, flags, key, loss_of, weights_at, evaluate, **more):
-    """Train `network` with AdamW on `tokens` in the run folder `run`; orders and dropout follow `key`.
-
-    loss_of((step, index [B]), ce_weight, kd_weight) as for `engine.optimiser_step`; the rest as for `engine.train`.
+    The loss is ce_weight·CE of the labels, and with teacher_logits (float32 [n_train, C]) kd_weight·T²·KL beside it.
     """
-    per_epoch = math.ceil(len(tokens.lengths) / flags.batch_size)
+    network = build_classifier(model, (role, seed)).to(args.device)
+    names = "batch_size warmup precision device overwrite quiet ce_weight kd_weight temperature".split()
+    flags = argparse.Namespace(arch=model.name, **{name: getattr(args, name) for name in names})
+    # Pretrained: within Liu et al. 2019, table 10. From scratch 1e-3 for tiny, inversely with the width above it.
+    scratch = size_of(model.name) is not None
+    flags.lr = args.lr or (min(1e-3, 0.064 / model.config.hidden_size) if scratch else 2e-5)
+    flags.epochs = args.epochs or (10 if scratch else 3)
+    facts = dict(model.facts, initial_sha256=runs.weights_hash(network.state_dict()), teacher_sha256=None)
+    if teacher_logits is None:
+        flags.temperature = None  # one control serves all temperatures
+    else:
+        facts["teacher_sha256"] = hashlib.sha256(teacher_logits.tobytes()).hexdigest()
+        teacher_logits = torch.as_tensor(teacher_logits).to(args.device)
+    tokens, labels = model.tokens["train"], torch.as_tensor(data.splits["train"].labels).to(args.device)
+    per_epoch = math.ceil(len(labels) / flags.batch_size)
     total = per_epoch * flags.epochs
     groups = [  # biases and layer norms do not decay, as in BERT
         dict(params=[p for p in network.parameters() if p.ndim > 1], weight_decay=0.1),
         dict(params=[p for p in network.parameters() if p.ndim < 2], weight_decay=0.0),
     ]
     optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
-    torch.manual_seed(common.stream_seed("dropout", *key))
-    sums = torch.zeros(3, dtype=torch.float64, device=flags.device)
-    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
+    sums = torch.zeros(3, dtype=torch.float64, device=args.device)
 
-    def batches(epoch):
-        return list(enumerate(length_batches(tokens.lengths, flags.batch_size, *key, epoch), epoch * per_epoch))
-
-    def lr_at(step):
-        return learning_rate(step, flags.lr, flags.warmup, total)
-
-    loop = ((per_epoch, total), batches, take_step, sums, lr_at, weights_at, evaluate)
-    engine.train(run, flags, network, optimizer, *loop, amount=("tokens", int(tokens.lengths.sum())), **more)
-
-
-def mask_tokens(ids, special, mask_id, vocabulary, *key):
-    """(corrupted ids, which of them to predict) of ids [B, L]: 15% of the tokens that are not `special`; of these 80%
-    become mask_id, 10% a random token and 10% stay (Devlin et al. 2019, §3.1). Drawn from the key alone."""
-    random = common.generator("mask", *key)
-    draw, fate = torch.rand(2, *ids.shape, generator=random)
-    words = torch.randint(vocabulary, ids.shape, generator=random)
-    chosen = (draw < 0.15) & ~torch.isin(ids, special)
-    return torch.where(chosen & (fate < 0.8), mask_id, torch.where(chosen & (fate >= 0.9), words, ids)), chosen
-
-
-def masked_loss(encoder, head, inputs, chosen, targets):
-    """(mean cross-entropy, hits) of the chosen tokens [B, L]. The head sees no others, a seventh of the work."""
-    logits = head(encoder(**inputs).last_hidden_state[chosen])
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
-    return loss, (logits.detach().argmax(1) == targets).sum()
-
-
-def pretrain(run, model, args, seed, data):
-    """Masked-language modelling of the training sentences, at twice the classifier's rate; returns the weights.
-
-    The masks are drawn afresh in every step (dynamic masking, Liu et al. 2019, §4.1).
-    """
-    from transformers import RobertaForMaskedLM
-
-    tokens = encode(model.tokenizer, data.splits["train"].sentences(), None, args.max_length, args.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(common.stream_seed("init", "mlm", seed))
-        network = RobertaForMaskedLM(model.config).to(args.device)
-    special = torch.tensor(model.tokenizer.all_special_ids)
-
-    def loss_of(batch, ce_weight, kd_weight):
-        step, index = batch
-        inputs = tokens.batch(index)
-        ids = inputs["input_ids"].cpu()
-        corrupted, chosen = mask_tokens(ids, special, model.tokenizer.mask_token_id, len(model.tokenizer), seed, step)
-        inputs["input_ids"], targets = corrupted.to(args.device), ids[chosen].to(args.device)
-        with engine.autocast(args.device, args.precision):
-            loss, hits = masked_loss(network.roberta, network.lm_head, inputs, chosen.to(args.device), targets)
-        return loss, hits, max(1, len(targets))
-
-    flags = run_flags(args, model, 2 * model.lr, args.mlm_epochs)
-    with runs.locked(run):
-        runs.start_run(run, flags, "mlm", seed, data, network, **model.facts)
-        train_texts(run, network, tokens, flags, ("mlm", seed), loss_of, engine.one_hot, evaluate=lambda *when: {})
-    return network.state_dict()
-
-
-def train_classifier(run, model, args, role, seed, data, pretrained, mode="onehot", teacher=None, step=0, **more):
-    """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
-
-    mode: one of MODES; teacher: logits [n_train, C] of the training texts, where it distils; step: of a switch; more:
-    snapshots, start_from of `engine.train`.
-    """
-    network = build_classifier(model, (role, seed), pretrained).to(args.device)
-    tokens = model.tokens["train"]
-    labels = torch.as_tensor(data.splits["train"].labels).to(args.device)
-    cached = None if teacher is None else torch.as_tensor(teacher).to(args.device)
-
-    def loss_of(batch, ce_weight, kd_weight):
-        _, index = batch
+    def loss_of(index, ce_weight, kd_weight):
         where = index.to(args.device)
         with engine.autocast(args.device, args.precision):
             logits = network(**tokens.batch(index)).logits
         logits = logits.float()
-        ce = F.cross_entropy(logits, labels[where]) if ce_weight else 0.0
-        kd = common.kd_loss(logits, cached[where], args.temperature) if kd_weight else 0.0
-        return ce_weight * ce + kd_weight * kd, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
+        loss = ce_weight * F.cross_entropy(logits, labels[where])
+        if teacher_logits is not None:
+            loss = loss + kd_weight * common.kd_loss(logits, teacher_logits[where], args.temperature)
+        return loss, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
+
+    def batches(epoch):
+        return length_batches(tokens.lengths, flags.batch_size, role, seed, epoch)
+
+    def lr_at(step):  # linear warm-up, then linear decay to 0 (Devlin et al. 2019)
+        rise = flags.warmup * total
+        return flags.lr * min((step + 1) / (rise + 1), (total - step) / (total - rise))
+
+    def weights_at(step):
+        return flags.ce_weight, flags.kd_weight
 
     def evaluate(epoch, at_end):
-        line = {}
+        line, precision = {}, "fp32" if at_end else args.precision  # what a run ends with is quoted
         for key in [key for key in data.splits if key != "train"]:
-            found = scores(logits_of(network, model.tokens[key]), data.splits[key].labels)
-            line |= {f"{key}_{name}": value for name, value in found.items()}
+            logits = final[key] = logits_of(network, model.tokens[key], precision)
+            targets = torch.as_tensor(data.splits[key].labels)
+            line[f"{key}_acc"] = (logits.argmax(1) == targets).double().mean().item()
+            line[f"{key}_loss"] = F.cross_entropy(logits, targets).item()
         return line
 
-    weights = dict(onehot=(1.0, 0.0), kd=(args.ce_weight, args.kd_weight))
-    before, after = (weights[name] for name in SWITCHES.get(mode, (mode, mode)))
-    weights_at = switch_distill.switched_weights(before, after, step)
-    facts = dict(model.facts, initial_sha256=engine.weights_hash(network.state_dict()), teacher_sha256=None)
-    flags = run_flags(args, model, args.lr or model.lr, args.epochs or model.epochs, temperature=None)
-    flags.ce_weight, flags.kd_weight = weights.get(mode, weights["kd"])
-    if mode != "onehot":  # whose one run serves all teachers and temperatures
-        facts["teacher_sha256"], flags.temperature = hashlib.sha256(teacher.tobytes()).hexdigest(), args.temperature
-    if mode in SWITCHES:
-        facts["switch"] = dict(direction=mode, step=step)
+    final = {}  # the logits of the last evaluation
+    take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
+    loop = (batches, take_step, sums, lr_at, weights_at, evaluate)
+    amount = ("tokens", int(tokens.lengths.sum()))
     with runs.locked(run):
         if runs.start_run(run, flags, role, seed, data, network, **facts):
-            train_texts(run, network, tokens, flags, (role, seed), loss_of, weights_at, evaluate, **more)
-            save_logits(run, network, model, data)
+            torch.manual_seed(common.stream_seed("dropout", role, seed))
+            engine.train(run, flags, network, optimizer, (per_epoch, total), *loop, amount=amount)
+            # As `engine.save_logits` writes them of images, in fp32: φ needs all bits of the logits.
+            train = data.splits["train"]
+            arrays = dict(train_labels=train.labels, train_clean_labels=train.clean, train_index=data.index)
+            for key, split in data.splits.items():
+                if key not in final:  # a run that was finished but for this has evaluated nothing
+                    final[key] = logits_of(network, model.tokens[key])
+                arrays[f"{key}_logits"], arrays[f"{key}_labels"] = final[key].numpy(), split.labels
+            runs.write_npz(run / "logits.npz", arrays)
 
 
 @torch.no_grad()
-def logits_of(network, tokens, batch=256):
-    """float32 logits [N, classes] of all texts in their order, in eval mode and full precision."""
+def logits_of(network, tokens, precision="fp32"):
+    """float32 logits [N, classes] on the CPU of all texts in their order, in eval mode; batches are of like lengths."""
     network.eval()  # `engine.train` begins every epoch in train mode
+    device = next(network.parameters()).device
     order = tokens.lengths.argsort(stable=True)
-    logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
-    return logits[order.argsort().to(logits.device)]
+    batch = max(1, FORWARD_TOKENS[device.type] // int(tokens.lengths.max()))
+    with engine.autocast(device.type, precision):
+        logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
+    return logits.cpu()[order.argsort()]
 
 
-def save_logits(run, network, model, data):
-    """logits.npz as of images (see `engine.save_logits`), for every split; clean labels are the more probable ones."""
-    train = data.splits["train"]
-    clean = train.labels if train.probability is None else train.probability.argmax(1)
-    arrays = dict(train_labels=train.labels, train_clean_labels=clean, train_index=data.index)
-    for key, split in data.splits.items():
-        arrays |= {f"{key}_logits": logits_of(network, model.tokens[key]).cpu().numpy(), f"{key}_labels": split.labels}
-    runs.write_npz(run / "logits.npz", arrays)
+# ---------------------------------------------------------------- scores
 
 
-def scores(logits, labels):
-    """Accuracy, Matthews correlation and F1 (of class 1; macro for more classes) as shares, and mean log-loss, of
-    logits [N, C]."""
-    from sklearn.metrics import f1_score, matthews_corrcoef
+def scores(predicted, labels, resamples):
+    """{score: array [1 + resamples]} on the texts and on bootstrap draws of them, the same for all of a split.
 
-    predicted = logits.argmax(1).cpu().numpy()
-    f1 = f1_score(labels, predicted, average="binary" if logits.shape[1] == 2 else "macro", zero_division=0)
-    accuracy, mcc = float((predicted == labels).mean()), float(matthews_corrcoef(labels, predicted))
-    loss = F.cross_entropy(logits.cpu(), torch.as_tensor(labels)).item()
-    return dict(acc=accuracy, mcc=mcc, f1=float(f1), loss=loss)
-
-
-# ---------------------------------------------------------------- all networks of a seed
+    acc: accuracy; mcc, f1: Matthews correlation and F1 of class 1, 0 where all are of one class, or predicted to be.
+    """
+    one, told = labels == 1, predicted == 1
+    columns = np.stack([np.ones(len(labels)), predicted == labels, one, told, one & told], axis=1)
+    n, right, one, told, both = claims.resampled_sums(columns, resamples, np.random.default_rng(0)).T
+    spread = np.sqrt(one * (n - one)) * np.sqrt(told * (n - told))
+    mcc = (n * both - one * told) / np.maximum(spread, 1)
+    return dict(acc=right / n, mcc=mcc, f1=2 * both / np.maximum(one + told, 1))
 
 
-def run_folders(args, base, seed, models):
-    """{what: run folder} of one seed; what: "<model> mlm", "teacher", "<student> <mode>" (with a switch's share)."""
+def report_scores(folders, data, args):
+    """Write and print glue.json and glue.md, every network's scores in percent, and what can be claimed of them.
 
-    def folder(*words):
-        return Path("-".join([base, *words, f"s{seed}"]))
-
-    masked = [name for name, model in models.items() if model.scratch and args.mlm_epochs]
-    folders = {f"{name} mlm": folder(Path(name).name, "mlm") for name in masked}
-    teacher, whats = Path(args.teacher).name, []
-    folders["teacher"] = folder(teacher, "teacher")
-    for mode in args.mode:
-        whats += [f"{mode} {s:g}" for s in args.switch_at] if mode in SWITCHES else [mode]
-    for student in args.student:
-        for what in whats:
-            given = [] if what == "onehot" else [teacher]
-            folders[f"{student} {what}"] = folder(*given, Path(student).name, *what.split())
-    return folders
-
-
-def train_seed(args, seed, data, models, folders):
-    """Train all networks of one seed, where they are not finished: pretraining, teacher, each student in every mode."""
-    masked = [name for name in models if f"{name} mlm" in folders]
-    pretrained = {name: pretrain(folders[f"{name} mlm"], models[name], args, seed, data) for name in masked}
-
-    def train(what, name, role="student", **more):
-        train_classifier(folders[what], models[name], args, role, seed, data, pretrained.get(name), **more)
-
-    train("teacher", args.teacher, "teacher")
-    teacher = runs.read_npz(folders["teacher"] / "logits.npz", ("train_logits",))["train_logits"]
-    for student in args.student:
-        total = math.ceil(data.facts["n_train"] / args.batch_size) * (args.epochs or models[student].epochs)
-        steps = {s: round(s * total) for s in args.switch_at}
-        kept = set(steps.values()) if set(SWITCHES) & set(args.mode) else ()
-        for mode in args.mode:  # the pure ones first
-            more = dict(mode=mode, teacher=None if mode == "onehot" else teacher)
-            if mode not in SWITCHES:
-                train(f"{student} {mode}", student, **more, snapshots=kept)
-                continue
-            trunk = folders.get(f"{student} {SWITCHES[mode][0]}")
-            for s, step in steps.items():
-                # From the state that the unswitched run had at the switch: half the time, and on a CPU the same
-                # weights. Where that run is not among the modes, from the start.
-                start = trunk and switch_distill.latest_snapshot(trunk, step)
-                train(f"{student} {mode} {s:g}", student, **more, step=step, start_from=start)
-
-
-# ---------------------------------------------------------------- report
-
-
-def save_metrics(folder, named, data):
-    """glue.json and glue.md: the task's metrics of every network in `named`, {what: [run folder per seed]}, in the
-    table in percent, with Student's t intervals over seeds. Returns {what: {metric: [value per seed]}}."""
-    rows, lines, names = {}, [], []
-    for split in [split for split in data.splits if split != "train"]:
-        names += [f"{split}_{name}" for name in METRICS.get(data.facts["name"], ("acc",))]
-    for what, folders in named.items():
-        last = [runs.last_metrics(run) for run in folders]
-        rows[what] = {name: [line[name] for line in last] for name in names}
-        lines.append([what, *(claims.cell(claims.over_seeds(rows[what][name]), 100, 2) for name in names)])
-    every = [dict(network=what, **row) for what, row in rows.items()]
-    runs.write_json(folder / "glue.json", dict(task=data.facts, rows=every))
-    table = claims.markdown_table(["network", *names], lines)
-    runs.write_text(folder / "glue.md", table)
+    folders: {network: run folder} of each seed. Claims: on the task's own score where that is not accuracy, and for the
+    embedded task on the best accuracy that its labels allow.
+    """
+    names, draws, rows = METRICS.get(data.facts["name"], ["acc"]), {}, []
+    for network in folders[0]:
+        row = dict(network=network)
+        for key, split in data.splits.items():
+            files = [of_seed[network] / "logits.npz" for of_seed in folders]
+            logits = [runs.read_npz(file, [f"{key}_logits"])[f"{key}_logits"] for file in files]
+            found = [scores(of_seed.argmax(1), split.labels, args.bootstrap) for of_seed in logits]
+            for name in ["acc"] if key == "train" else names:
+                draws[network, f"{key}_{name}"] = [of_seed[name] for of_seed in found]
+                row[f"{key}_{name}"] = claims.combine(draws[network, f"{key}_{name}"])
+        rows.append(row)
+    over = f"{claims.scope(len(folders), len(folders))}; {runs.fit_note(rows[0]['train_acc']['value'])}"
+    runs.write_json(args.results / "glue.json", dict(task=data.facts, intervals=f"95%, {over}", rows=rows))
+    lines = [[network, *(claims.cell(value, 100, 2) for value in row)] for network, *row in map(dict.values, rows)]
+    table = claims.markdown_table(list(rows[0]), lines)
+    runs.write_text(args.results / "glue.md", f"Intervals: 95%, {over}.\n\n{table}")
     print(table)
-    return rows
-
-
-def glue_claims(rows, data):
-    """Claims in the task's own metric, where that is not accuracy; for the embedded task against the Bayes accuracy."""
-    found, bayes, metric = [], data.facts.get("bayes_accuracy"), METRICS.get(data.facts["name"], ("acc",))[-1]
-    if bayes:
-        interval = claims.mean_interval(np.divide(rows["teacher"]["test_acc"], bayes))
-        note = f"Bayes accuracy {100 * bayes:.2f}% on the test texts"
-        found.append(claims.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", *interval, 0.9, note=note))
-    for name in rows:
-        control = f"{name.removesuffix(' kd')} onehot"
-        if metric != "acc" and name.endswith(" kd") and control in rows:
-            gain = np.subtract(rows[name][f"test_{metric}"], rows[control][f"test_{metric}"])
-            text = f"{name}: KD has the higher {metric.upper()} on the dev set"
-            found.append(claims.claim(text, "> 0", *claims.mean_interval(gain), 0, note="KD minus one-hot"))
-    return found
-
-
-def report(folder, student, named, args):
-    """Figure 1a, and Figure 1b where there are switches, of one student over all seeds, with claims, into `folder`."""
-    onehot, kd, teachers = named[f"{student} onehot"], named[f"{student} kd"], named["teacher"]
-    title, seeds = f"{args.task}, {args.teacher} → {student}", f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
-    points = analyze_deviation.points_from_runs(teachers, kd, onehot)
-    section = "language" if student == args.student[0] else None  # one headline for a task
-    analyze_deviation.report(points, folder, f"{title}, {seeds}", args.bootstrap, section, quiet=args.quiet, full=False)
-    each = {}  # {(direction, share of training before the switch): run folders}
-    for direction in [mode for mode in args.mode if mode in SWITCHES]:
-        before, after = SWITCHES[direction]
-        each |= {(direction, 0): named[f"{student} {after}"], (direction, 1): named[f"{student} {before}"]}
-        each |= {(direction, s): named[f"{student} {direction} {s:g}"] for s in args.switch_at}
-    if not each:
-        return
-    by_seed = list(enumerate(args.seeds))
-    trunks = {seed: dict(onehot=onehot[k], kd=kd[k]) for k, seed in by_seed}
-    folders = {seed: {key: of_seeds[k] for key, of_seeds in each.items()} for k, seed in by_seed}
-    given = dict(zip(args.seeds, teachers, strict=True))
-    switch_distill.report(folders, trunks, given, args.seeds, folder / "switch", title, args, section=None)
+    found, test = [], data.splits["test"]
+    if "bayes_accuracy" in data.facts:
+        bayes = scores(test.clean, test.labels, args.bootstrap)["acc"]
+        share = claims.ratio(draws["teacher", "test_acc"], [bayes] * len(folders))
+        found.append(claims.claim_of("the teacher reaches 90% of the Bayes accuracy", "> 0.9", share, 0.9))
+    if names[-1] != "acc":
+        for student in args.student:
+            kd, onehot = (np.stack(draws[f"{student} {what}", f"test_{names[-1]}"]) for what in ("kd", "onehot"))
+            text = f"{student}: KD has the higher {names[-1].upper()} on the dev set"
+            found.append(claims.claim_of(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
+    if found:
+        claims.save_claims(args.results, found, over)
 
 
 # ---------------------------------------------------------------- main
@@ -772,54 +636,68 @@ def report(folder, student, named, args):
 
 def parse(argv):
     parser = runs.Parser(__doc__)
-    inside, positive = number(float, 0, 1, open_high=True, open_low=True), number(float, 0, 1e38, open_low=True)
     add = parser.add_argument_group("texts").add_argument
     add("--task", default="sentiment", help=f"{', '.join(TASKS)} or csv:PATH (columns text[,text2],label)")
+    add("--text-column", metavar="NAME", help=f"of a csv file (default: {', '.join(COLUMNS['text'])})")
+    add("--label-column", metavar="NAME", help=f"of a csv file (default: {', '.join(COLUMNS['label'])})")
     add("--data-dir", default="data", help="where GLUE's folders (CoLA, …) lie, or glue/CoLA, …; else downloaded")
     add("--subset", type=number(int, 0), default=0, help="train on that many texts; 0 for all")
     add("--data-seed", type=number(int, 0), default=0, help="seed of subset, embedded task and split of a csv file")
     add("--max-length", type=number(int, 8, 100_000), default=128, help="tokens of a text, at most")
-    add = parser.add_argument_group("networks and losses").add_argument
+    add = parser.add_argument_group("networks").add_argument
     add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
-    how = f"how students are trained, of {', '.join(MODES)} (default: all)"
-    add("--mode", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=how)
-    add("--switch-at", type=inside, nargs="+", default=[0.5], metavar="S", help="shares of training before the switch")
-    add("--kd-weight", type=positive, default=1.0, help="weight of the distillation term")
-    add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term beside it")
-    temperature = number(float, 0, 1e6, open_low=True)
-    add("--temperature", type=temperature, default=2.0, help="softens teacher and student in the distillation term")
+    common.add_student_flags(parser)
+    parser.set_defaults(temperature=2.0)
     add = parser.add_argument_group("training").add_argument
-    add("--mlm-epochs", type=number(int, 0), default=8, help="masked-language modelling before, from scratch alone")
-    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
+    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 10 from scratch, else 3)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
-    rates = "0.064/hidden units, at most 1e-3, from scratch; else 2e-5"
-    add("--lr", type=positive, help=f"peak learning rate of AdamW (default: {rates})")
+    rates = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
+    add("--lr", type=number(float, 0, 1e38, open_low=True), help=rates)
     add("--warmup", type=number(float, 0, 1, open_high=True), default=0.06, help="share with a linear rise; then decay")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast on CUDA, else fp32")
-    add = parser.add_argument_group("run").add_argument
+    half = "auto: bf16 autocast on CUDA and on CPUs that multiply it, fp32 for the embedded task; final logits are fp32"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=half)
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], help="all is trained once for each seed")
     add("--out", help="prefix of the run folders: <out>-tiny-teacher-s0, … (default: runs/<task>)")
-    add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
+    add("--overwrite", action="store_true", help="train all again, from the start")
     add("--quiet", action="store_true", help="one line per run instead of one per epoch")
-    add("--bootstrap", type=number(int, 100, 1_000_000), default=1000, metavar="N", help="draws behind each interval")
-    add("--results", help="folder for figures, tables and claims (default: results/glue-<task>)")
-    common.add_device_flag(parser)
-    common.add_process_flags(parser)
+    common.add_device_flag(group)
+    common.add_figure_flags(parser, "results/glue-TASK")
     args = parser.parse_args(argv)
     runs.check_seeds(args.seeds)
-    runs.check_prefix(args)
-    args.device = engine.use_device(args.device)
-    if args.precision == "auto":
-        args.precision = "bf16" if args.device == "cuda" else "fp32"
-    args.student = args.student or ([args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher])
-    args.student, args.switch_at = (list(dict.fromkeys(named)) for named in (args.student, args.switch_at))
-    args.mode = [mode for mode in MODES if mode in args.mode]
+    if (args.text_column or args.label_column) and not args.task.startswith("csv:"):
+        raise InputError("--text-column and --label-column are of csv files: give --task csv:PATH, or leave them out")
+    if not args.kd_weight:
+        raise InputError("--kd-weight 0 distils nothing: give it a weight above 0")
+    if not args.student:
+        args.student = [args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher]
+    args.student = list(dict.fromkeys(args.student))
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
         what = f"two of {', '.join(sorted(names))} end alike, and their run folders are named by that"
         raise InputError(f"{what}: rename one folder")
+    args.device = engine.use_device(args.device)
+    if args.precision == "auto":
+        # The embedded task's numbers stay the same on every CPU.
+        half = args.task != "sentiment" and (args.device == "cuda" or engine.bf16_in_hardware())
+        args.precision = "bf16" if half else "fp32"
+    task = Path(args.task.partition(":")[2] or args.task).stem
+    args.out = args.out or f"runs/{task}"
+    if args.results == parser.get_default("results"):
+        args.results = Path(f"results/glue-{task}")
     return args
+
+
+def run_folders(args, seed):
+    """{network: run folder} of one seed; networks: "teacher", and "<student> onehot" and "<student> kd" of each."""
+    teacher = Path(args.teacher).name
+    folders = {"teacher": Path(f"{args.out}-{teacher}-teacher-s{seed}")}
+    for student in args.student:
+        folders[f"{student} onehot"] = Path(f"{args.out}-{Path(student).name}-onehot-s{seed}")
+        folders[f"{student} kd"] = Path(f"{args.out}-{teacher}-{Path(student).name}-kd-s{seed}")
+    return folders
 
 
 def main(argv=None):
@@ -831,28 +709,31 @@ def main(argv=None):
         library.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    data = load_task(args.task, args.data_dir, args.subset, args.data_seed)
-    task = Path(args.task.partition(":")[2] or args.task).stem
-    results = Path(args.results or f"results/glue-{task}")
+    columns = dict(text=args.text_column, label=args.label_column)
+    data = load_task(args.task, args.data_dir, args.subset, args.data_seed, columns)
     models = {name: prepare(name, data, args) for name in dict.fromkeys([args.teacher, *args.student])}
-    seeds = engine.shard_of(args)
-    folders = {seed: run_folders(args, args.out or f"runs/{task}", seed, models) for seed in args.seeds}
-    results.mkdir(parents=True, exist_ok=True)
-    runs.discard_runs(args, [run for seed in seeds for run in folders[seed].values()])
+    if not args.train_only:
+        args.results.mkdir(parents=True, exist_ok=True)
 
-    engine.run_jobs(args)
-    for seed in seeds:
-        train_seed(args, seed, data, models, folders[seed])
-    if engine.only_a_shard(args):
+    one_hot = common.one_hot_flags(args)
+    folders = [run_folders(args, seed) for seed in args.seeds]
+    for seed, run in zip(args.seeds, folders, strict=True):
+        train_text(run["teacher"], models[args.teacher], one_hot, "teacher", seed, data)
+        taught = runs.read_npz(run["teacher"] / "logits.npz", ["train_logits"])["train_logits"]
+        for student in args.student:
+            train_text(run[f"{student} onehot"], models[student], one_hot, "student", seed, data)
+            train_text(run[f"{student} kd"], models[student], args, "student", seed, data, taught)
+    if args.train_only:
         return
 
-    named = {what: [folders[seed][what] for seed in seeds] for what in folders[seeds[0]] if not what.endswith(" mlm")}
-    if {"onehot", "kd"} <= set(args.mode):
-        for student in args.student:
-            report(results / Path(student).name, student, named, args)
-    found = glue_claims(save_metrics(results, named, data), data)
-    if found:
-        claims.save_claims(results, found, f"Student's t over {len(seeds)} seeds")
+    for student in args.student:
+        roles = dict(teacher="teacher", student=f"{student} kd", control=f"{student} onehot")
+        points = deviation.points_from_runs([{role: run[name] for role, name in roles.items()} for run in folders])
+        title = f"{args.task}, {args.teacher} → {student}, {len(folders)} seed{'s' * (len(folders) > 1)}"
+        section = "language" if student == args.student[0] else None  # one headline for a task
+        out = args.results / Path(student).name
+        deviation.report(points, out, title, args.bootstrap, section, quiet=args.quiet, full=False)
+    report_scores(folders, data, args)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,8 @@ def test_runs_and_states_that_do_not_fit_are_named(finished, tmp_path, monkeypat
     with pytest.raises(InputError, match="onehot-s0/snapshot-.* does not exist: .* --snapshot-at 0.25 0.5"):
         denoise_gradients.main([*FLAGS, "--seeds", "0", "--results", "new"])
     shutil.copytree(finished / "runs" / lost.name, lost, dirs_exist_ok=True)
-    torch.save({"model": {}}, next((tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt")))
+    for file in (tmp_path / "runs/digits-resnet8-denoise-kd-s0").glob("snapshot-*.pt"):
+        torch.save({"model": {}}, file)
     with pytest.raises(InputError, match="snapshot-.*does not fit resnet8"):
         denoise_gradients.main([*FLAGS, "--seeds", "0", "--results", "new"])
     # Afresh, with what is kept of the seed.
