@@ -502,7 +502,7 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     # Pretrained: within Liu et al. 2019, table 10. From scratch 1e-3 for tiny, inversely with the width above it.
     scratch = size_of(model.name) is not None
     flags.lr = args.lr or (min(1e-3, 0.064 / model.config.hidden_size) if scratch else 2e-5)
-    flags.epochs = args.epochs or (10 if scratch else 3)
+    flags.epochs = args.epochs or (6 if scratch else 3)
     facts = dict(model.facts, initial_sha256=runs.weights_hash(network.state_dict()), teacher_sha256=None)
     if teacher_logits is None:
         flags.temperature = None  # one control serves all temperatures
@@ -650,7 +650,7 @@ def parse(argv):
     common.add_student_flags(parser)
     parser.set_defaults(temperature=2.0)
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 10 from scratch, else 3)")
+    add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
     add("--batch-size", type=number(int, 1), default=32, help="texts per step")
     rates = "peak learning rate of AdamW (default: 0.064/hidden units, at most 1e-3, from scratch; else 2e-5)"
     add("--lr", type=number(float, 0, 1e38, open_low=True), help=rates)
@@ -719,10 +719,10 @@ def main(argv=None):
     folders = [run_folders(args, seed) for seed in args.seeds]
     for seed, run in zip(args.seeds, folders, strict=True):
         train_text(run["teacher"], models[args.teacher], one_hot, "teacher", seed, data)
-        taught = runs.read_npz(run["teacher"] / "logits.npz", ["train_logits"])["train_logits"]
+        teacher_logits = runs.read_npz(run["teacher"] / "logits.npz", ["train_logits"])["train_logits"]
         for student in args.student:
             train_text(run[f"{student} onehot"], models[student], one_hot, "student", seed, data)
-            train_text(run[f"{student} kd"], models[student], args, "student", seed, data, taught)
+            train_text(run[f"{student} kd"], models[student], args, "student", seed, data, teacher_logits)
     if args.train_only:
         return
 

@@ -405,46 +405,6 @@ def test_the_language_report_agrees_with_the_runs(texts):
     assert "the teacher fits" in (results / "glue.md").read_text() and "the teacher fits" in claim["note"]
 
 
-@pytest.mark.parametrize("kind, at, lost", [("crash", 8, 8), ("crash", 29, 1), ("SIGTERM", 3, 0)])
-def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, lost, texts, tmp_path, monkeypatch):
-    """Steps 1-10 are the teacher's, 11-20 the one-hot student's, 21-30 the distilled student's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "SAVE_SECONDS", 0 if at == 29 else 60)
-    real, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == at:
-            if kind == "crash":
-                raise MemoryError
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
-    flags = ["--student", "1x16", "--train-only"]
-    with pytest.raises(MemoryError if kind == "crash" else SystemExit) as stopped:
-        language(*flags)
-    assert kind == "crash" or stopped.value.code == 130
-    language(*flags)
-    for name in ("1x16-teacher", "1x16-onehot", "1x16-1x16-kd"):
-        assert same_run(run_of(name), run_of(name, 0, texts)), name
-    # A crash costs the steps since the last save, a signal none; finished runs are left alone.
-    assert len(calls) == 30 + lost
-    done = {run: hashes(run) for run in Path("runs").iterdir()}
-    language(*flags)
-    assert done == {run: hashes(run) for run in Path("runs").iterdir()} and not Path("results").exists()
-
-
-def test_precision_is_chosen_by_the_processor_but_fp32_for_the_embedded_task(monkeypatch):
-    for half in (True, False):
-        monkeypatch.setattr(engine, "bf16_in_hardware", lambda half=half: half)
-        for task, chosen in (("sentiment", "fp32"), ("cola", "bf16" if half else "fp32")):
-            assert glue_distill.parse(["--task", task, "--device", "cpu"]).precision == chosen
-
-
-# ---------------------------------------------------------------- other tasks and models
-
-
 def save_pretrained(folder, family, names=None):
     """A tiny saved model of a family with its tokenizer, as a user has it on disk; names: of a classifier's classes."""
     from tokenizers import BertWordPieceTokenizer
@@ -470,6 +430,60 @@ def save_pretrained(folder, family, names=None):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+DROPOUT = ["--teacher", "roberta", "--student", "roberta", "--lr", 1e-3, "--train-only"]  # saved models have it
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """A folder where a saved model was distilled into itself."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    save_pretrained(folder / "roberta", "roberta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        language(*DROPOUT)
+    return folder
+
+
+@pytest.mark.parametrize("kind, at, lost", [("crash", 8, 8), ("crash", 29, 1), ("SIGTERM", 3, 0)])
+def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, lost, uninterrupted, tmp_path, monkeypatch):
+    """Steps 1-10 are the teacher's, 11-20 the one-hot student's, 21-30 the distilled student's."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(uninterrupted / "roberta", "roberta")
+    monkeypatch.setattr(engine, "SAVE_SECONDS", 0 if at == 29 else 60)
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == at:
+            if kind == "crash":
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+    with pytest.raises(MemoryError if kind == "crash" else SystemExit) as stopped:
+        language(*DROPOUT)
+    assert kind == "crash" or stopped.value.code == 130
+    language(*DROPOUT)
+    for name in ("roberta-teacher", "roberta-onehot", "roberta-roberta-kd"):
+        assert same_run(run_of(name), run_of(name, 0, uninterrupted)), name
+    # A crash costs the steps since the last save, a signal none; finished runs are left alone.
+    assert len(calls) == 30 + lost
+    done = {run: hashes(run) for run in Path("runs").iterdir()}
+    language(*DROPOUT)
+    assert done == {run: hashes(run) for run in Path("runs").iterdir()} and not Path("results").exists()
+
+
+def test_precision_is_chosen_by_the_processor_but_fp32_for_the_embedded_task(monkeypatch):
+    for half in (True, False):
+        monkeypatch.setattr(engine, "bf16_in_hardware", lambda half=half: half)
+        for task, chosen in (("sentiment", "fp32"), ("cola", "bf16" if half else "fp32")):
+            assert glue_distill.parse(["--task", task, "--device", "cpu"]).precision == chosen
+
+
+# ---------------------------------------------------------------- other tasks and models
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
