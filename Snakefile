@@ -23,12 +23,12 @@ SETTINGS = {
     "flags": "",  # more flags of all that trains on images
     "task": "sentiment",
     "glue_flags": "--student tiny",  # without the smaller student, for time
-    "threads": "2",  # of a job; of digits 1
 }
 unknown = ", ".join(set(config) - set(SETTINGS))
 if unknown:
     sys.exit(f"error: there is no setting {unknown}: use {', '.join(SETTINGS)}")
 SETTINGS.update((name, str(value)) for name, value in config.items())
+SEEDS = SETTINGS["seeds"].split()
 DATA = f"--data {quote(SETTINGS['data'])}"
 DATA_DIR = f"--data-dir {quote(SETTINGS['data_dir'])}"
 RECIPE = SETTINGS["recipe"] or "quick"
@@ -36,75 +36,81 @@ PAPER = SETTINGS["recipe"] or "paper"  # the grid's recipe, and its folder in ru
 NAME = re.sub(r"[^\w.+-]", "-", f"{SETTINGS['data']}-{SETTINGS['arch']}-{RECIPE}")
 TASK = re.sub(r"[^\w.+-]", "-", SETTINGS["task"])
 
-# ---------------------------------------------------------------- from tables to commands
+# ---------------------------------------------------------------- from tables to jobs
 
 SCRIPTS = {"fig1b": "switch_distill.py", "pays": "when_it_pays.py", "denoise": "denoise_gradients.py"}
-KEPT = "--snapshot-at 0.05 0.1 0.25 0.5 0.75 0.9"  # the states from which these figures go on
-
-NETWORKS = {}  # {name: flags}
-RUNS = {}  # {run folder without its seed: (command, runs of the same seed that it needs)}
-TRAINED = {}  # {folder of a figure: (command that trains for it, runs of the same seed that it needs)}
-DRAWN = {}  # {file of a figure: (command that draws it, marks of all that it needs)}
+NETWORK = ("teacher", "onehot", "kd")  # the runs of a network, which are one job
+FLAGS = {}  # {network: flags of its runs}
+JOBS = {}  # {file: (command that makes it, files that it needs)}, of all but networks
 
 
-def seeds_or(default):
-    """The numbers of --config seeds, else of `default`."""
-    return [int(seed) for seed in (SETTINGS["seeds"] or default).split()]
+def mark(run, seed):
+    """A link to a run's logits, which are written last: it is gone, or newer, where they are."""
+    return f"runs/{run}-s{seed}/.finished"
 
 
 def add_network(name, flags, seeds, figures):
     """A teacher, its one-hot control and its student: runs/<name>-teacher-s0, -onehot-s0 and -kd-s0.
 
     figures: {figure: more flags}, in results/<name>/<figure>. Their scripts share these runs, and train only their own.
+    Without figures it is the control alone, beside the student of another network's teacher.
     """
-    NETWORKS[name] = f"{flags} {KEPT if set(figures) & set(SCRIPTS) else ''} {DATA_DIR} --quiet {SETTINGS['flags']}"
-    RUNS[f"runs/{name}-teacher"] = (f"train_teacher.py {NETWORKS[name]}", [])
-    RUNS[f"runs/{name}-onehot"] = (f"train_student.py {NETWORKS[name]} --kd-weight 0 --ce-weight 1", [])
-    add_student(name, name, name)
+    FLAGS[name] = f"{flags} {DATA_DIR} --quiet {SETTINGS['flags']}"
+    if not figures:
+        add_run(f"{name}-onehot", f"{FLAGS[name]} --kd-weight 0 --ce-weight 1", seeds)
     for figure, more in figures.items():
+        folder = f"results/{name}/{figure}"
         if figure == "fig1a":
             add_fig1a(name, name, name, seeds)
         else:
-            folder = f"results/{name}/{figure}"
-            command = f"{SCRIPTS[figure]} {NETWORKS[name]} {more} --out runs/{name} --results {folder}"
-            add_figure(folder, command, seeds, [f"runs/{name}-{what}" for what in ("teacher", "onehot", "kd")])
+            command = f"{SCRIPTS[figure]} {FLAGS[name]} {more} --out runs/{name} --results {folder}"
+            add_figure(folder, command, seeds, [f"{name}-{run}" for run in NETWORK])
 
 
-def add_student(name, teacher, control):
-    """runs/<name>-kd-s0: a student of one network, of the same kind as another, its control."""
-    run = f"runs/{teacher}-teacher"
-    RUNS[f"runs/{name}-kd"] = (f"train_student.py {NETWORKS[control]} --teacher {run}-s{{seed}}", [run])
+def add_run(run, flags, seeds, needed=()):
+    """One student or control, runs/<run>-s0, once the runs `needed` of the same seed are finished."""
+    for seed in SEEDS or seeds.split():
+        made = mark(run, seed)
+        command = f"train_student.py {flags} --seeds {seed} --out runs/{run}-s{seed} && ln -sfn logits.npz {made}"
+        JOBS[made] = (command, [mark(other, seed) for other in needed])
+
+
+def add_resnet56(prefix, flags, seeds, figures, of_resnet20, of_mobilenet=""):
+    """§3.1, images: ResNet-56 with its student and figures, and its students ResNet-20 and MobileNet-v2."""
+    teacher = f"{prefix}resnet56"
+    add_network(teacher, f"{flags} --arch resnet56", seeds, figures)
+    add_network(f"{prefix}resnet20", f"{flags} --arch resnet20", seeds, of_resnet20)
+    add_network(f"{prefix}mobilenetv2", f"{flags} --arch mobilenetv2 {of_mobilenet}", seeds, {})
+    for arch in ("resnet20", "mobilenetv2"):
+        student = f"{FLAGS[prefix + arch]} --teacher runs/{teacher}-teacher-s{{seed}}"
+        add_run(f"{teacher}-{arch}-kd", student, seeds, [f"{teacher}-teacher"])
+        add_fig1a(f"{teacher}-{arch}", teacher, prefix + arch, seeds)
 
 
 def add_fig1a(name, teacher, control, seeds):
     """§3.1: Figure 1a of a student, its teacher and its control."""
-    seeds = seeds_or(seeds)
-    runs = {"teacher": f"{teacher}-teacher", "student": f"{name}-kd", "control": f"{control}-onehot"}
+    seeds = SEEDS or seeds.split()
     command = f"analyze_deviation.py --title {quote(f'{name}, {len(seeds)} seed(s)')} --out results/{name}/fig1a"
-    marks = []
-    for flag, run in runs.items():
-        folders = [f"runs/{run}-s{seed}" for seed in seeds]
-        command += f" --{flag} {' '.join(folders)}"
-        marks += [f"{folder}/.finished" for folder in folders]
-    DRAWN[f"results/{name}/fig1a/claims.json"] = (command, marks)
+    needed = []
+    for flag, run in (("teacher", f"{teacher}-teacher"), ("student", f"{name}-kd"), ("control", f"{control}-onehot")):
+        command += f" --{flag} {' '.join(f'runs/{run}-s{seed}' for seed in seeds)}"
+        needed += [mark(run, seed) for seed in seeds]
+    JOBS[f"results/{name}/fig1a/claims.json"] = (command, needed)
 
 
 def add_figure(folder, command, seeds, needed=(), file="claims.json"):
-    """A figure whose script trains by itself, once the runs `needed` of the same seed are finished."""
-    seeds = seeds_or(seeds)
-    TRAINED[folder] = (command, needed)
-    marks = [f"{folder}/.trained-s{seed}" for seed in seeds]
-    DRAWN[f"{folder}/{file}"] = (f"{command} --seeds {' '.join(map(str, seeds))}", marks)
+    """A figure whose script trains by itself, seed by seed, once the runs `needed` of the same seed are finished."""
+    seeds, trained = SEEDS or seeds.split(), []
+    for seed in seeds:
+        trained.append(f"{folder}/.trained-s{seed}")
+        training = f"{command} --seeds {seed} --train-only && date > {trained[-1]}"
+        JOBS[trained[-1]] = (training, [mark(run, seed) for run in needed])
+    JOBS[f"{folder}/{file}"] = (f"{command} --seeds {' '.join(seeds)}", trained)
 
 
 def add_text(name, folder, flags, seeds):
-    folders = f"--out runs/{name} --results {folder}"
-    add_figure(folder, f"glue_distill.py {flags} {DATA_DIR} --quiet {folders}", seeds, file="glue.json")
-
-
-def add_eigenspace(name, data, seeds):
-    folder = f"results/{name}/eigenspace"
-    add_figure(folder, f"eigenspace.py {data} {DATA_DIR} --out {folder}", seeds)
+    command = f"glue_distill.py {flags} {DATA_DIR} --quiet --out runs/{name} --results {folder}"
+    add_figure(folder, command, seeds, file="glue.json")
 
 
 # ---------------------------------------------------------------- the figures of `make reproduce`, on any data
@@ -112,7 +118,8 @@ def add_eigenspace(name, data, seeds):
 # Fewer moments and points than the scripts take, for time.
 figures = {"fig1a": "", "fig1b": "--switch-at 0 0.5 0.9 1", "pays": "--stop-at 0.1 1", "denoise": "--points 512"}
 add_network(NAME, f"{DATA} --arch {SETTINGS['arch']} --recipe {RECIPE}", "0 1 2 3 4", figures)
-add_eigenspace(NAME, DATA, "0 1 2 3 4")
+folder = f"results/{NAME}/eigenspace"
+add_figure(folder, f"eigenspace.py {DATA} {DATA_DIR} --out {folder}", "0 1 2 3 4")
 add_text(TASK, f"results/glue-{TASK}", f"--task {quote(SETTINGS['task'])} {SETTINGS['glue_flags']}", "0 1 2")
 
 # When does it pay? The same for whole teachers in other settings of digits: how far they fit decides what is seen.
@@ -138,15 +145,10 @@ ROWS = {
     "cifar100": (f"{CIFAR100} --arch resnet20 --epochs 100 --batch-size 128", "0 1", HALF),
     "cifar100-noisy": (f"{CIFAR100} --arch resnet20 --epochs 150 --label-noise 0.2", "0 1", HALF),
     "tiny-imagenet": ("--data tiny-imagenet --subset 10000 --arch resnet20 --epochs 50", "0", HALF),
-    "resnet56": (f"{CIFAR100} --arch resnet56 --epochs 50", "0", {"fig1a": ""}),
-    "resnet20": (f"{CIFAR100} --arch resnet20 --epochs 50", "0", {}),
-    "mobilenetv2": (f"{CIFAR100} --arch mobilenetv2 --epochs 50 --width 0.5", "0", {}),
 }
 for name, (flags, seeds, figures) in ROWS.items():
     add_network(f"rows/{name}", flags, seeds, figures)
-for student in ("resnet20", "mobilenetv2"):
-    add_student(f"rows/resnet56-{student}", "rows/resnet56", f"rows/{student}")
-    add_fig1a(f"rows/resnet56-{student}", "rows/resnet56", f"rows/{student}", "0")
+add_resnet56("rows/", f"{CIFAR100} --epochs 50", "0", {"fig1a": ""}, {}, "--width 0.5")
 
 # All texts, with a pretrained encoder. Epochs: the shortest of 3, 5, 10, 20 after which the teacher fits 90%.
 TEXT_ROWS = {"sst-2": (3, "0"), "cola": (3, "0 1 2"), "mrpc": (3, "0 1 2"), "rte": (3, "0 1 2")}
@@ -170,21 +172,17 @@ for data, flags, of_resnet56, of_resnet20 in (
     ("cifar100-noisy", "--data cifar100 --label-noise 0.2", DEVIATION, DENOISE),
     ("tiny-imagenet", "--data tiny-imagenet", SWITCH, {}),
 ):
-    teacher = f"{PAPER}/{data}-resnet56"
-    for arch, figures in (("resnet56", of_resnet56), ("resnet20", of_resnet20), ("mobilenetv2", {})):
-        add_network(f"{PAPER}/{data}-{arch}", f"{flags} --arch {arch} --recipe {PAPER}", "0 1 2", figures)
-    for arch in ("resnet20", "mobilenetv2"):
-        add_student(f"{teacher}-{arch}", teacher, f"{PAPER}/{data}-{arch}")
-        add_fig1a(f"{teacher}-{arch}", teacher, f"{PAPER}/{data}-{arch}", "0 1 2")
+    add_resnet56(f"{PAPER}/{data}-", f"{flags} --recipe {PAPER}", "0 1 2", of_resnet56, of_resnet20)
 # §3.1, language. Departures: texts are cut at 128 tokens; the paper's RoBERTa-medium and -small are not public, and
 # DistilRoBERTa and a model from scratch stand for them. Assumption: these pairs.
 for task in "mnli imdb qqp ag_news cola sst-2 mrpc rte qnli".split():
     flags = f"--task {task} --teacher roberta-base --student roberta-base distilroberta/distilroberta-base small"
     add_text(f"{PAPER}/{task}", f"results/{PAPER}/{task}", flags, "0 1 2")
 # §4.
-add_eigenspace(f"{PAPER}/cifar10", "--data cifar10 --subset 1000", "0 1 2")
+folder = f"results/{PAPER}/cifar10/eigenspace"
+add_figure(folder, f"eigenspace.py --data cifar10 --subset 1000 {DATA_DIR} --out {folder}", "0 1 2")
 
-# ---------------------------------------------------------------- targets
+# ---------------------------------------------------------------- targets and rules
 
 TARGETS = {  # {target: what the names of its figures' files begin with}
     "reproduce": (f"results/{NAME}/", f"results/glue-{TASK}/"),
@@ -198,59 +196,41 @@ TARGETS = {  # {target: what the names of its figures' files begin with}
     "cpu": "results/rows/",
     "paper": f"results/{PAPER}/",
 }
-for row in {file.split("/")[2] for file in DRAWN if file.startswith("results/rows/")}:
+for row in {file.split("/")[2] for file in JOBS if file.startswith("results/rows/")}:
     TARGETS[row] = f"results/rows/{row}/"
 for target, beginning in TARGETS.items():
     rule:
         name: target
-        input: [file for file in DRAWN if file.startswith(beginning)]
-
-# ---------------------------------------------------------------- jobs
+        input: [file for file in JOBS if file.startswith(beginning)]
 
 # The scripts beside this file, with the Python that runs it.
-SCRIPT_DIR = os.path.relpath(workflow.basedir) + "/"
-PYTHON = quote(sys.executable) + " " + quote(SCRIPT_DIR).removeprefix("./")
-
-
-def finished(runs, seed):
-    """The marks of run folders: links to their logits, which are written last, and gone or newer with them."""
-    return [f"{run}-s{seed}/.finished" for run in runs]
+PYTHON = quote(sys.executable) + " " + quote(os.path.relpath(workflow.basedir) + "/").removeprefix("./")
 
 
 def threads_of(command):
     """Small networks gain nothing from more threads than one, and one rounds alike on every machine."""
-    small = "digits" in command or "sentiment" in command
-    return 1 if small else int(SETTINGS["threads"])
+    return 1 if "digits" in command or "sentiment" in command else 2  # else --set-threads job=4 network=4
 
 
+ruleorder: job > network
 wildcard_constraints:
-    run="|".join(map(re.escape, RUNS)),
-    folder="|".join(map(re.escape, TRAINED)),
-    file="|".join(map(re.escape, DRAWN)),
+    network="|".join(map(re.escape, FLAGS)),
+    file="|".join(map(re.escape, JOBS)),
     seed="[0-9]+",
 
 
-rule run:
-    input: lambda w: finished(RUNS[w.run][1], w.seed)
-    output: "{run}-s{seed}/.finished"
-    params: command=lambda w: RUNS[w.run][0]
-    threads: lambda w: threads_of(RUNS[w.run][0])
+rule network:
+    output: [mark(f"{{network}}-{run}", "{seed}") for run in NETWORK]
+    params: flags=lambda w: FLAGS[w.network]
+    threads: lambda w: threads_of(FLAGS[w.network])
     shell:
-        PYTHON + "{params.command} --seeds {wildcards.seed} --out {wildcards.run}-s{wildcards.seed}"
-        " && ln -sfn logits.npz {output}"
+        PYTHON + "switch_distill.py {params.flags} --switch-at 0 1 --train-only --seeds {wildcards.seed}"
+        " --out runs/{wildcards.network} && for mark in {output}; do ln -sfn logits.npz $mark; done"
 
 
-rule train:
-    input: lambda w: finished(TRAINED[w.folder][1], w.seed)
-    output: "{folder}/.trained-s{seed}"
-    params: command=lambda w: TRAINED[w.folder][0]
-    threads: lambda w: threads_of(TRAINED[w.folder][0])
-    shell: PYTHON + "{params.command} --seeds {wildcards.seed} --train-only && date > {output}"
-
-
-rule draw:
-    input: lambda w: DRAWN[w.file][1]
+rule job:
+    input: lambda w: JOBS[w.file][1]
     output: "{file}"
-    params: command=lambda w: DRAWN[w.file][0]
-    threads: lambda w: threads_of(DRAWN[w.file][0])
+    params: command=lambda w: JOBS[w.file][0]
+    threads: lambda w: threads_of(JOBS[w.file][0])
     shell: PYTHON + "{params.command}"

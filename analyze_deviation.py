@@ -67,7 +67,7 @@ def paired(args):
     for k, student in enumerate(students):
         roles = dict(student=student)
         if teachers:
-            roles = dict(teacher=teachers[k], student=student)
+            roles["teacher"] = teachers[k]
         if controls:
             roles["control"] = controls[k]
         check_roles(roles, same_seeds=len(args.control) > 1, any_control=args.any_control)
@@ -111,9 +111,7 @@ def main(argv=None):
     add("--teacher", nargs="+", metavar="RUN", default=[], help="teachers, one per seed or one for all")
     add("--student", nargs="+", metavar="RUN", default=[], help="students")
     add("--control", nargs="+", metavar="RUN", default=[], help="independently seeded one-hot networks")
-    add(
-        "--any-control", action="store_true", help="the control may be another distilled student: to compare two losses"
-    )
+    add("--any-control", action="store_true", help="the control may be a distilled student: to compare two losses")
     forms = ".npy, .npz, FILE.npz:NAME, .pt or .safetensors (log-probabilities serve too)"
     add = parser.add_argument_group("or files of anyone's logits").add_argument
     add("--teacher-logits", metavar="FILE", help=f"the teacher's [N, C]: {forms}")
@@ -133,13 +131,12 @@ def main(argv=None):
         raise InputError(f"give either --teacher and --student run folders (and --control), or {by_files}")
     if not args.teacher_logits and not args.student:
         raise InputError("--student is missing: which student is it about? (--teacher-logits: of files of logits)")
-    why_not = None
     if args.teacher_logits:
         points = points_from_files(args)
-        why_not = at_chance(next(iter(points.values()))[0])
+        seeds, why_not = 1, at_chance(points[args.split][0])
     else:  # whose labels are compared
         points = deviation.points_from_runs(paired(args))
-    seeds = len(next(iter(points.values())))
+        seeds, why_not = len(args.student), None
     title = args.title or f"Student–teacher deviations, {seeds} seed{'s' if seeds > 1 else ''}"
     deviation.report(points, args.out, title, args.bootstrap, why_not=why_not)
 

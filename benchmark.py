@@ -1,6 +1,5 @@
 """Speed of training: this engine against the way peer repositories train, in images per second.
 
-    python benchmark.py                                  # ResNet-20
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
     python benchmark.py --gpu-check                      # for an issue: one JSON with the CUDA tests' result too
 
@@ -52,31 +51,24 @@ def random_data(images, device):
 # ---------------------------------------------------------------- the peers' way
 
 
-class PILImages(torch.utils.data.Dataset):
-    """The training images as torchvision's CIFAR classes give them: PIL images through a transform, one at a time."""
-
-    def __init__(self, data):
-        from torchvision import transforms
-        from torchvision.transforms.functional import to_pil_image
-
-        steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad), transforms.RandomHorizontalFlip()]
-        steps += [transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())]
-        self.images = [to_pil_image(image) for image in data.x_train.cpu().numpy()]
-        self.labels, self.transform = data.y_train.tolist(), transforms.Compose(steps)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, k):
-        return self.transform(self.images[k]), self.labels[k]
+def transformed(transform, pairs):
+    """A batch of (PIL image, label), each image through the transform on its own, as torchvision's datasets do it."""
+    return torch.utils.data.default_collate([(transform(image), label) for image, label in pairs])
 
 
 def peers(data, arch, kd, workers, epochs):
     """Images per second of each epoch, after one of warm-up, as peer repositories train."""
+    from torchvision import transforms
+
     networks = [common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1)]
     model, teacher = networks[0].to(data.device), networks[1].to(data.device).eval()
+    steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())]
+    pictures = map(transforms.ToPILImage(), data.x_train.cpu().numpy())
+    pairs = list(zip(pictures, data.y_train.tolist(), strict=True))
     options = dict(shuffle=True, num_workers=workers, drop_last=True, pin_memory=data.device.type == "cuda")
-    loader = torch.utils.data.DataLoader(PILImages(data), PEERS_BATCH, **options)
+    options["collate_fn"] = functools.partial(transformed, transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(pairs, PEERS_BATCH, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     rates = []
     for _ in range(epochs + 1):
@@ -112,10 +104,7 @@ def student_flags(args, arch, kd, batch):
 
 
 def train_one(flags, images, table, threads, seed):
-    """Train one student of random images; table: whether its teacher logits are looked up.
-
-    Returns images per second of each epoch, after one of warm-up.
-    """
+    """Images per second of each epoch of one student, after one of warm-up; table: teacher logits are looked up."""
     torch.set_num_threads(threads)
     data, teacher = random_data(images, flags.device), None
     if table:
@@ -195,15 +184,14 @@ def main(argv=None):
     if args.gpu_check and not cuda:
         raise InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
     args.images = args.images or (50_000 if cuda else 5_000)
+    args.out.mkdir(parents=True, exist_ok=True)
+    versions, name = runs.versions(), "benchmark"
     if args.gpu_check:
         args.arch, args.batch_size = args.arch or ["resnet56"], args.batch_size or [512, 1024]
+        name = "gpu-check"
+        versions.update(cuda_facts())
     args.arch = args.arch or ["resnet20"]
     args.batch_size = args.batch_size or [512 if cuda else 128]
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    versions = runs.versions()
-    if args.gpu_check:
-        versions.update(cuda_facts())
     rows, lines = [], []
     for arch in args.arch:
         rows += measure(args, arch, kd=False) + measure(args, arch, kd=True)
@@ -213,7 +201,6 @@ def main(argv=None):
     text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
     text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
     print(text)
-    name = "gpu-check" if args.gpu_check else "benchmark"
     runs.write_json(args.out / f"{name}.json", dict(versions=versions, rows=rows))
     runs.write_text(args.out / f"{name}.md", text)
 

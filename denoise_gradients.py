@@ -124,8 +124,8 @@ def per_example_gradients(model, images, targets, temperature):
 def mean_gradient(model, images, targets, temperature, chunk=1000):
     """Gradient [P] of the mean `common.soft_loss` over all examples, by ordinary backpropagation."""
     total = 0
-    for k in range(0, len(images), chunk):
-        loss = common.soft_loss(model(images[k : k + chunk]), targets[k : k + chunk], temperature).sum()
+    for part, target in zip(images.split(chunk), targets.split(chunk), strict=True):
+        loss = common.soft_loss(model(part), target, temperature).sum()
         total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     return total / len(images)
 
@@ -151,7 +151,7 @@ def stream(model, images, targets, temperature, weights, chunk=64):
     return mean, squares, inner, batches
 
 
-# ---------------------------------------------------------------- measuring one set of parameters
+# ---------------------------------------------------------------- measuring
 
 
 class Points(NamedTuple):
@@ -224,8 +224,7 @@ def measure(model, points, losses):
         for k, name in enumerate(QUARTERS):
             one[f"noise {name}"] = float(deviations[points.quarter == k].mean())
 
-        norms = batches.norm(dim=1).clamp(min=1e-30)
-        cosines = batches @ uphill / norms / max(float(uphill.norm()), 1e-30)
+        cosines = batches @ uphill / batches.norm(dim=1).clamp(min=1e-30) / max(float(uphill.norm()), 1e-30)
         for size in BATCH_SIZES:
             one[f"cos_held_out {size}"] = float(cosines[points.rows[size]].mean())
         one["first_order"] = float(cosines[points.rows[points.step_size]].mean())
@@ -233,23 +232,16 @@ def measure(model, points, losses):
     return found
 
 
-# ---------------------------------------------------------------- measuring one seed
-
-
 def measure_seed(args, seed, data):
-    """Train the runs of one seed where they are missing, and measure them, unless that is kept; see `measurements`.
-
-    fit: the share of its training labels that the teacher fits.
-    """
+    """The `measurements` of one seed, kept or made now, its runs too, and the share of labels that its teacher fits."""
     teacher, logits, smoothing = train_seed(args, seed, data)
     folders = run_folders(args, seed)
     states = {what: states_of(folders[what], args, seed, data) for what in LOSSES}
     settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
     settings.update(vars(common.only_flags(args, add_measuring_flags)), data=data.facts)
-    settings["weights"] = [teacher.sha256]
+    settings.update(weights=[teacher.sha256], test_images="drawn evenly over classes")
     for what in LOSSES:
         settings["weights"] += [runs.weights_hash(state) for state in states[what].values()]
-    settings["test_images"] = "drawn evenly over classes"
     kept = args.results / "seeds" / f"denoise-s{seed}.json"
     if args.overwrite:
         kept.unlink(missing_ok=True)
@@ -306,11 +298,10 @@ def measurements(args, seed, data, states, logits, smoothing):
             if what != "smooth":
                 scales = found["onehot"]["noise_scale"] + found["kd"]["noise_scale"]
                 reductions.append((deviations["onehot"] - deviations["kd"]) / max(scales, 1e-12))
-    reductions = dict(shared=np.mean(reductions, 0).tolist())
     parameters = sum(value.numel() for value in model.parameters())
     what = f"exact gradients of all {parameters} parameters on {len(chosen)} of {len(data.y_train)} training images"
-    found = dict(smoothing=smoothing, table=table, reductions=reductions, gradients=what)
-    return dict(found, x=x.tolist(), gap=gap.tolist())
+    of_points = dict(x=x.tolist(), gap=gap.tolist(), reductions=dict(shared=np.mean(reductions, 0).tolist()))
+    return dict(of_points, smoothing=smoothing, table=table, gradients=what)
 
 
 # ---------------------------------------------------------------- claims
@@ -318,11 +309,8 @@ def measurements(args, seed, data, states, logits, smoothing):
 
 def shared_checkpoints(table):
     """[{loss: statistics}] at the parameters where all losses were measured, the common start counted once."""
-    found = list(table["onehot"].values())
-    for percent, at in table["kd"].items():
-        if percent != "0":
-            found.append(at)
-    return found
+    later = [at for percent, at in table["kd"].items() if percent != "0"]
+    return [*table["onehot"].values(), *later]
 
 
 def log_ratio(a, b):
@@ -362,22 +350,22 @@ def denoise_claims(seeds):
     ):
         scales = f"log ratio of noise scales, {name} / KD"
         decrease = f"decrease, share of steepest descent, KD minus {name}"
-        values, parts, verdicts = [compare(seed, other) for seed in seeds], [], {}
+        compared, parts, verdicts = [compare(seed, other) for seed in seeds], [], {}
         for key, where, note in (
             ("i", "shared parameters", scales),
             ("ii", "own runs at the same progress", scales),
             ("iii", "decrease of the clean held-out loss at shared parameters", decrease),
         ):
-            measured = claims.mean_interval([value[key] for value in values])
-            parts.append(claims.claim(f"{text}: ({key}) {where}", "> 0", *measured, 0, note=note))
+            measured = claims.over_seeds([values[key] for values in compared])
+            parts.append(claims.claim_of(f"{text}: ({key}) {where}", "> 0", measured, 0, note))
             verdicts[key] = parts[-1]["verdict"]
         rows += [claims.joint_claim(text, verdicts), *parts]
     rows[0] = claims.headline(rows[0], "§5")
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
-        measured = claims.mean_interval([link(seed)[key] for seed in seeds])
+        measured = claims.over_seeds([link(seed)[key] for seed in seeds])
         text = f"noise falls most where the student falls below its teacher{more}"
-        rows.append(claims.claim(text, "< 0", *measured, 0, above=False, note=note))
+        rows.append(claims.claim_of(text, "< 0", measured, 0, note, above=False))
     return rows
 
 
@@ -455,9 +443,6 @@ def plot(seeds, args):
     fit = runs.fit_note(np.mean([seed["fit"] for seed in seeds]))
     figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}; {fit}\n{seeds[0]['gradients']}")
     claims.save_figure(figure, args.results, "denoise")
-
-
-# ---------------------------------------------------------------- command line
 
 
 def add_measuring_flags(parser):

@@ -79,19 +79,16 @@ def bias_variance(seed):
     for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
         energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
-        risks = risk(shares, beta, np.array(NOISES)), risk(shares**2, beta, np.array(NOISES))
-        found[signal] = dict(teacher=risks[0].tolist(), student=risks[1].tolist())
+        kept = dict(teacher=shares, student=shares**2)
+        found[signal] = {name: risk(part, beta, np.array(NOISES)).tolist() for name, part in kept.items()}
     return found
 
 
-# ---------------------------------------------------------------- eigen-buckets and progress
+# ---------------------------------------------------------------- progress along eigendirections
 
 
 def second_moment_eigenvectors(rows):
-    """Eigenvalues [d], largest first, and eigenvectors [d, d] (columns) of rowsᵀrows/N; rows [N, d]; float64.
-
-    XᵀX/n is what gradient descent on a linear layer sees; `centred_images` makes it the covariance.
-    """
+    """Eigenvalues [d], largest first, and eigenvectors [d, d] (columns) of rowsᵀrows/N; rows [N, d]; float64."""
     moment = sum(part.double().T @ part.double() for part in rows.split(65536)) / len(rows)
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(0), vectors.flip(1)
@@ -102,7 +99,7 @@ def bucket_ends(count, buckets):
     if count < 2:
         raise InputError("the first layer's input has fewer than 2 directions with data: give data with more of them")
     ends = np.unique(np.round(np.geomspace(1, count + 1, buckets + 1)).astype(int) - 1)
-    return list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    return list(itertools.pairwise(ends.tolist()))
 
 
 def weight_progress(seen, vectors, buckets):
@@ -121,9 +118,6 @@ def weight_progress(seen, vectors, buckets):
         paths[network] = np.array(rows)
     whole = np.maximum(paths["teacher"][-1], 1e-300)
     return {network: path / whole for network, path in paths.items()}
-
-
-# ---------------------------------------------------------------- two networks at equal top progress
 
 
 def at_top(path, levels):
@@ -161,15 +155,17 @@ def compare(path, logits, teacher_path, teacher_logits):
     over levels (below 1: exaggeration; the teacher's own path *is* early stopping); low, high, `confidence_gaps`, mean
     over the second half of the levels; gap, low − high. NaN where no level is shared.
     """
-    buckets, matched = path.shape[1], []
+    buckets = path.shape[1]
     lowest, highest = max(path[0, 0], teacher_path[0, 0]), min(path[:, 0].max(), teacher_path[:, 0].max())
     levels = np.linspace(lowest, highest, 21)[1:] if highest > lowest else np.full(20, np.nan)
-    for progress, outputs in ((path, logits), (teacher_path, teacher_logits)):
+
+    def at_levels(progress, outputs):
         rows = at_top(np.column_stack([progress, outputs.reshape(len(outputs), -1)]), levels)
-        matched.append((rows[:, 1:buckets], rows[:, buckets:].reshape(-1, *outputs.shape[1:])))
-    (lower, logits), (teacher_lower, teacher_at_levels) = matched
-    at_levels = zip(logits, teacher_at_levels, strict=True)
-    gaps = np.array([confidence_gaps(*both, teacher_logits[-1]) for both in at_levels])
+        return rows[:, 1:buckets], rows[:, buckets:].reshape(-1, *outputs.shape[1:])
+
+    lower, own = at_levels(path, logits)
+    teacher_lower, teachers = at_levels(teacher_path, teacher_logits)
+    gaps = np.array([confidence_gaps(*pair, teacher_logits[-1]) for pair in zip(own, teachers, strict=True)])
     low, high = gaps[len(levels) // 2 :].mean(0).tolist()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios, ratio = (lower / teacher_lower).mean(1), (lower.mean(0) / teacher_lower.mean(0)).mean()
@@ -215,10 +211,10 @@ def descend(model, inputs, targets, recipe, order_key, observe):
 
 
 @torch.no_grad()
-def evaluate(model, inputs, batch=1000):
+def evaluate(model, inputs):
     """Logits [N, C] in eval mode."""
     model.eval()
-    logits = torch.cat([model(part) for part in inputs.split(batch)])
+    logits = torch.cat([model(part) for part in inputs.split(1000)])
     model.train()
     return logits
 
@@ -251,14 +247,14 @@ def self_distil(build, images, labels, classes, seed, recipe, limit=5000):
 
 # Learning rate in units of 1/λ1, the largest eigenvalue of the first layer's input, and steps of 250 images: smooth
 # paths, and a digits teacher that has begun to fit the wrong labels. No ResNet: batch normalisation divides by the
-# scale of the first layer's output, and so by most of what grows along the top directions. Measured all the same, a
-# ResNet-8 shows neither bias nor confidence: ratio 0.91 [0.74, 1.08], low − high 0.14 [-0.11, 0.38] over 5 seeds.
+# scale of the first layer's output, and so by most of what grows along the top directions.
 CLASSIFIERS = {"linear": dict(lr=1.0, steps=400), "mlp": dict(lr=1.0, steps=800), "cnn": dict(lr=0.3, steps=400)}
 NAMES = dict(linear="linear probe", mlp="MLP", cnn="CNN")
+BUCKETS = 4  # at most, of eigendirections
 
 
 def centred_images(data):
-    """Training images [N, C, H, W] less their mean."""
+    """Training images [N, C, H, W] less their mean, so that second moments are covariances."""
     images = data.normalise(data.x_train)
     return images - images.mean(0)
 
@@ -333,16 +329,15 @@ def linear_claims(results):
 
 
 def beside_control(text, measure, threshold, seeds):
-    """The claim that a measure of the student is below the threshold, and that claim of its control."""
+    """The claim that a measure of the student is below the threshold, and the verdict on that claim of its control."""
     student, control = (np.array([seed[name][measure] for seed in seeds]) for name in ("student", "smoothed"))
-    both = dict(control=claims.over_seeds(control), difference=claims.over_seeds(student - control))
     note = runs.fit_note(np.mean([seed["train_accuracy"] for seed in seeds]))
     if measure == "gap":
         low, high = (claims.over_seeds([seed["student"][end] for seed in seeds]) for end in ("low", "high"))
         note = f"φ(student) − φ(teacher): {claims.cell(low)} on hard minus {claims.cell(high)} on easy points; {note}"
-    below = dict(expected=f"< {threshold}", threshold=threshold, above=False)
-    row = claims.claim_of(text, measured=claims.over_seeds(student), note=note, **below, **both)
-    return row, claims.claim_of(text, measured=both["control"], **below)
+    both = dict(control=claims.over_seeds(control), difference=claims.over_seeds(student - control))
+    row = claims.claim_of(text, f"< {threshold}", claims.over_seeds(student), threshold, note, above=False, **both)
+    return row, claims.verdict((both["control"]["low"], both["control"]["high"]), threshold, above=False)
 
 
 def classifier_claims(data, results):
@@ -355,9 +350,9 @@ def classifier_claims(data, results):
         verdicts, of_controls = {}, []
         for arch, seeds in results.items():
             network = NAMES.get(arch, arch)
-            row, control = beside_control(f"{data}, {network}: {text}", measure, threshold, seeds)
+            row, of_control = beside_control(f"{data}, {network}: {text}", measure, threshold, seeds)
             verdicts[network] = row["verdict"]
-            of_controls.append(control["verdict"])
+            of_controls.append(of_control)
             if arch == "linear" and measure == "ratio":
                 row = claims.headline(row, "§4")
             rows.append(row)
@@ -452,15 +447,15 @@ def plot_classifiers(results, folder, title):
     claims.save_figure(figure, folder, "classifiers")
 
 
-# ---------------------------------------------------------------- the command
-
-
-def kept(args, name, seed, settings, compute):
-    """`compute(seed)`, kept in --out; from there when an earlier command with the same settings has kept it."""
-    file = args.out / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
-    if args.overwrite:
-        file.unlink(missing_ok=True)
-    return runs.kept_result(file, settings, functools.partial(compute, seed))
+def each_seed(args, name, settings, compute):
+    """[compute(seed)], each kept in --out; from there when an earlier command with the same settings has kept it."""
+    results = []
+    for seed in args.seeds:
+        file = args.out / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
+        if args.overwrite:
+            file.unlink(missing_ok=True)
+        results.append(runs.kept_result(file, settings, functools.partial(compute, seed)))
+    return results
 
 
 def main(argv=None):
@@ -471,7 +466,6 @@ def main(argv=None):
     archs = "linear, mlp, cnn, or torchvision:<name> of one without batch normalisation"
     add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
-    add("--buckets", type=number(int, 2, 100), default=4, help="eigen-buckets")
     add("--steps", type=number(int, 2), help="steps of each network (default: by architecture)")
     add("--lr", type=number(float, 0, 1e30, open_low=True), help="times 1/λ1 (default: by architecture)")
     add("--batch-size", type=number(int, 0), default=250, help="images per step, 0 for all")
@@ -488,14 +482,14 @@ def main(argv=None):
         first_layer(build_classifier(arch, data, args.width, 0))
 
     constants = dict(directions=DIRECTIONS, points=POINTS, steps=STEPS, rate=RATE, noises=list(NOISES))
-    linear = [kept(args, "least-squares", seed, constants, bias_variance) for seed in args.seeds]
+    linear = each_seed(args, "least-squares", constants, bias_variance)
     results = {}
     for arch in args.archs:
         preset = CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
-        recipe = dict(width=args.width, buckets=args.buckets, batch_size=args.batch_size, data=data.facts)
+        recipe = dict(width=args.width, buckets=BUCKETS, batch_size=args.batch_size, data=data.facts)
         recipe.update(lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
         compute = functools.partial(classifier_seed, data, arch, recipe)
-        results[arch] = [kept(args, f"network-{arch}", seed, recipe, compute) for seed in args.seeds]
+        results[arch] = each_seed(args, f"network-{arch}", recipe, compute)
     if args.train_only:
         return
     name = data.facts["name"]

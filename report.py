@@ -167,8 +167,10 @@ def run_tables(trained):
 
 def keep(file, title, trained, tables, figures, args, skipped):
     """Write claims, runs and rows as the JSON `file`; beside it the first figure."""
-    lines = {json.dumps(line): line["seconds"] for run in trained for line in run.lines}  # branches share some
-    kept = dict(title=title, made=sorted({run.made for run in trained}), training_seconds=sum(lines.values()))
+    seconds = {}
+    for run in trained:
+        seconds.update({json.dumps(line): line["seconds"] for line in run.lines})  # branches share some
+    kept = dict(title=title, made=sorted({run.made for run in trained}), training_seconds=sum(seconds.values()))
     kept["commits"] = sorted(filter(None, {*(run.commit for run in trained), runs.versions()["git_commit"]}))
     kept["commands"] = sorted(filter(None, {made.command for made in (*trained, *figures)}))
     kept["claims"] = {table.folder.as_posix(): runs.read_json(table.folder / "claims.json") for table in tables}
@@ -176,7 +178,9 @@ def keep(file, title, trained, tables, figures, args, skipped):
     runs.write_json(file, dict(kept, runs=run_tables(trained)))
     if figures:
         runs.write_atomic(file.with_suffix(".webp"), figures[0].webp)
-    print("\n".join([*(f"left out: {line}" for line in skipped), f"kept: {file}"]))
+    for line in skipped:
+        print(f"left out: {line}")
+    print(f"kept: {file}")
 
 
 def side_by_side(kept):

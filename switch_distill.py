@@ -123,29 +123,25 @@ def recovered(per_seed):
     accuracy, onehot, kd = stacked[..., 0], stacked[..., 1], stacked[..., 2]
     gain, difference = claims.combine(kd - onehot), claims.combine(accuracy - onehot)
     row = dict(accuracy=claims.within(claims.combine(accuracy)), difference=difference, gain=gain)
-    if gain["low"] <= 0:
-        reason = "gain too small to divide" if gain["high"] >= 0 else "KD loses accuracy here"
-        return dict(row, recovered=None, reason=reason)
-    return dict(row, recovered=claims.ratio(accuracy - onehot, kd - onehot))
+    if gain["low"] > 0:
+        return dict(row, recovered=claims.ratio(accuracy - onehot, kd - onehot))
+    reason = "gain too small to divide" if gain["high"] >= 0 else "KD loses accuracy here"
+    return dict(row, recovered=None, reason=reason)
 
 
 def switch_table(folders, args):
-    """One row per (direction, s): accuracy, gain, recovered gain, and the deviations of the switched student.
-
-    folders: what `train_seed` returned, for each seed.
-    """
+    """A row for each (direction, s): accuracy, gain, recovered gain, deviations; folders: each seed's `train_seed`."""
     rows, deviations = [], {}
     switches = [name for name in folders[0] if isinstance(name, tuple)]
     for direction, s in tqdm(switches, "measuring", leave=False, disable=args.quiet or None):
         students = tuple(of_seed[direction, s] for of_seed in folders)
         per_seed, roles = [], []
-        for of_seed in folders:
-            compared = (of_seed[direction, s], of_seed["onehot"], of_seed["kd"])
+        for student, of_seed in zip(students, folders, strict=True):
+            compared = (student, of_seed["onehot"], of_seed["kd"])
             per_seed.append(accuracy_sums(compared, args.bootstrap, np.random.default_rng(1)))
-            of_roles = dict(student=of_seed[direction, s], control=of_seed["onehot"], taught=of_seed["kd"])
+            roles.append(dict(student=student, control=of_seed["onehot"], taught=of_seed["kd"]))
             if "teacher" in of_seed:
-                of_roles["teacher"] = of_seed["teacher"]
-            roles.append(of_roles)
+                roles[-1]["teacher"] = of_seed["teacher"]
         row = dict(direction=direction, s=s, runs=[str(run) for run in students], **recovered(per_seed))
         if students not in deviations:  # the trunks stand in both directions
             points = deviation.points_from_runs(roles)
@@ -190,15 +186,13 @@ def switch_claims(rows):
         elif row["s"] == 0.5:  # the gain stands in its place
             found.append(claims.claim_of(text, "gain above 0", gain, np.nan, row["reason"], unit="points"))
     found = [claims.headline(row, "§3.2") for row in found]
+    note = "mean Y − X, switched student minus one-hot"
     switched = [row for row in rows if row["direction"] == "onehot2kd" and 0 < row["s"] < 1]
     if switched:
-        late = max(switched, key=lambda row: row["s"])
+        late = switched[-1]
         for split, networks in late["deviation"].items():
             text = f"{split}: switching to KD at s={late['s']:g} already lowers the student on the hardest quarter"
-            gap = networks["student-control"]["low_gap"]
-            found.append(
-                claims.claim_of(text, "< 0", gap, 0, "mean Y − X, switched student minus one-hot", above=False)
-            )
+            found.append(claims.claim_of(text, "< 0", networks["student-control"]["low_gap"], 0, note, above=False))
     return found
 
 
@@ -213,10 +207,9 @@ def plot_switches(rows, folder, title):
     axis.axhline(onehot, color=claims.COLOURS["onehot"], ls="--", lw=1.2, label="one-hot throughout")
     axis.axhline(kd, color=claims.COLOURS["kd"], ls="--", lw=1.2, label="KD throughout")
     for direction, color in (("onehot2kd", claims.COLOURS["other"]), ("kd2onehot", claims.COLOURS["more"])):
-        chosen = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row["s"])
-        if chosen:
-            xs, cells = [row["s"] for row in chosen], [row["accuracy"] for row in chosen]
-            claims.band(axis, xs, cells, 100, color=color, label=ARROWS[direction])
+        accuracies = {row["s"]: row["accuracy"] for row in rows if row["direction"] == direction}
+        if accuracies:
+            claims.band(axis, list(accuracies), accuracies.values(), 100, color=color, label=ARROWS[direction])
     axis.set(xlabel="share of training before the switch", ylabel="test accuracy (%)", title=title)
     claims.legend_below(figure, axis)
     claims.save_figure(figure, folder, "fig1b")
@@ -265,8 +258,7 @@ def plot_curves(folders, args, title):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    prefix = "prefix of the run folders: <out>-teacher-s0, <out>-kd-s0, … (default: runs/<data>-<arch>)"
-    common.add_flags(parser, out_help=prefix)
+    common.add_flags(parser, "prefix of the run folders: <out>-teacher-s0, … (default: runs/<data>-<arch>)")
     common.add_teacher_flags(parser)
     common.add_student_flags(parser)
     common.add_figure_flags(parser, "results/fig1b")

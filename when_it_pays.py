@@ -101,10 +101,9 @@ def pays_claims(rows):
     rising["gain"] = "the gain over one-hot (of which the paper says nothing)"
     if len(rows) > 1:
         for name, text in rising.items():
-            gain = np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"])
-            value, note = claims.mean_interval(gain), "last teacher minus first, over seeds"
-            unit = "" if name == "slope" else "points"
-            row = claims.claim(f"{text} rises with the teacher's fit", "> 0", *value, 0, note=note, unit=unit)
+            gain = claims.over_seeds(np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"]))
+            unit, note = "" if name == "slope" else "points", "last teacher minus first, over seeds"
+            row = claims.claim_of(f"{text} rises with the teacher's fit", "> 0", gain, 0, note, unit=unit)
             if name == "lead":
                 row = claims.headline(row, "title")
             found.append(row)
