@@ -55,18 +55,13 @@ def within(measured, lowest=0.0, highest=1.0):
     return dict(measured, low=max(measured["low"], lowest), high=min(measured["high"], highest))
 
 
-def resampled_sums(columns, resamples, rng, chunk=64, done=None):
-    """Sums of columns [N, K] over the points themselves (row 0) and over `resamples` bootstrap draws of them.
-
-    done(number of draws) is called as they are made, for a progress bar.
-    """
+def resampled_sums(columns, resamples, rng, chunk=64):
+    """Sums of columns [N, K] over the points themselves (row 0) and over `resamples` bootstrap draws of them."""
     n = len(columns)
     sums = [columns.sum(0, keepdims=True)]
     for start in range(0, resamples, chunk):
         draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(min(chunk, resamples - start))]
         sums.append(np.stack(draws).astype(np.float64) @ columns)
-        if done:
-            done(len(draws))
     return np.concatenate(sums)
 
 
@@ -111,7 +106,8 @@ def seeds_scope(seeds):
     """What an interval over seeds alone covers, for the reader of a table."""
     if seeds == 1:
         return "one seed: no intervals"
-    return f"Student's t over {seeds} seeds" + " (two: wide intervals)" * (seeds == 2)
+    few = " (two: wide intervals)" if seeds == 2 else ""
+    return f"Student's t over {seeds} seeds{few}"
 
 
 def scope(seeds, teachers=1):
@@ -141,42 +137,31 @@ def verdict(interval, threshold, above=True):
     return "unclear"
 
 
-def claim(text, expected, value, low, high, threshold, above=True, note="", unit="", control=None, difference=None):
-    """One row of a claims table. `value` with its 95% interval low..high is held against `threshold`.
+def claim(text, expected, measured, threshold, note="", above=True, unit="", control=None, difference=None):
+    """One row of a claims table: the 95% interval of `measured`, dict(value, low, high), is held against `threshold`.
 
-    unit: "%" for a share, "points" for a difference of shares, both shown times 100. control, difference: dict(value,
-    low, high) of the same statistic of the control, and of value minus control, paired. Where the control meets the
-    claim too, and the difference is not clearly on the paper's side of 0, the claim does not tell the two apart: the
-    verdict is "as the control".
+    unit: "%" for a share, "points" for a difference of shares, both shown times 100. control, difference: the same
+    statistic of the control, and of measured minus control, paired. Where the control meets the claim too, and the
+    difference is not clearly on the paper's side of 0, the claim does not tell the two apart: the verdict is "as the
+    control".
     """
+    value, low, high = (measured[key] for key in ("value", "low", "high"))
     judged = verdict((low, high), threshold, above)
     if judged == "holds" and difference:
         ends = [(part["low"], part["high"]) for part in (control, difference)]
         if verdict(ends[0], threshold, above) == "holds" and verdict(ends[1], 0, above) != "holds":
             judged = "as the control"
     row = dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=judged, note=note)
-    shown = dict(shown=in_unit(dict(value=value, low=low, high=high), unit), control="")
-    if control:
-        shown["control"] = in_unit(control, unit)
-    return {**row, **shown}
-
-
-def claim_of(text, expected, measured, threshold, note="", above=True, **more):
-    """`claim` about a dict(value, low, high) of `combine` or `ratio`; more: unit, control and difference."""
-    ends = (measured[key] for key in ("value", "low", "high"))
-    return claim(text, expected, *ends, threshold, above, note, **more)
+    return dict(row, shown=in_unit(measured, unit), control=in_unit(control, unit) if control else "")
 
 
 def joint_claim(text, verdicts):
-    """The row of a claim that counts only when all its comparisons agree: their common verdict, else "mixed".
-
-    verdicts: {comparison: its verdict}.
-    """
+    """The row of a claim with the common verdict of all its comparisons, {comparison: verdict}, else "mixed"."""
     held = list(verdicts.values()).count("holds")
     note = "; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items())
     note += ". Measured: how many hold, without interval"
     expected = f"all {len(verdicts)} comparisons hold"
-    row = claim(text, expected, held, held, held, len(verdicts) - 0.5, note=note)
+    row = claim(text, expected, dict(value=held, low=held, high=held), len(verdicts) - 0.5, note)
     found = set(verdicts.values())
     joint = found.pop() if len(found) == 1 else "mixed"
     return dict(row, verdict=joint, shown=f"{held} of {len(verdicts)}")
@@ -244,46 +229,36 @@ def markdown_table(headers, rows):
     return "".join(f"| {' | '.join(str(value) for value in line)} |\n" for line in lines)
 
 
-def claims_markdown(rows):
+def claims_markdown(rows, names=("claim", "expected", "shown", "control", "verdict", "note")):
     """Rows of `claim` as a Markdown table."""
-    names = ("claim", "expected", "shown", "control", "verdict", "note")
-    lines = [[row[name] for name in names] for row in rows]
-    return markdown_table(["claim", "expected", "here [95% interval]", "control", "verdict", "note"], lines)
+    headers = [{"shown": "here [95% interval]", "section": "paper"}.get(name, name) for name in names]
+    return markdown_table(headers, [[row[name] for name in names] for row in rows])
 
 
 def headlines_markdown(rows):
     """Rows of `headline` as a Markdown table."""
-    names = ("section", "claim", "expected", "shown", "control", "verdict")
-    lines = [[row[name] for name in names] for row in rows]
-    return markdown_table(["paper", "claim", "expected", "here [95% interval]", "control", "verdict"], lines)
+    return claims_markdown(rows, ("section", "claim", "expected", "shown", "control", "verdict"))
 
 
 # ---------------------------------------------------------------- figures
 
 # Okabe and Ito (2008): told apart by colour-blind readers too. One colour for one kind of network in every figure.
 COLOURS = dict(teacher="#000000", onehot="#E69F00", kd="#0072B2", smoothed="#009E73", other="#D55E00", more="#CC79A7")
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.92",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,
-}
 
 
 def pyplot():
-    """matplotlib.pyplot in STYLE, without a window; imported where it is drawn, since that takes a second."""
+    """matplotlib.pyplot in one style, without a window; imported where it is drawn, since that takes a second."""
     os.environ["MPLBACKEND"] = "Agg"  # whatever a notebook or a desktop has set there
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(STYLE)
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=[COLOURS[name] for name in COLOURS if name != "teacher"])
+    colours = [COLOURS[name] for name in COLOURS if name != "teacher"]
+    plt.rc("font", size=9)
+    plt.rc("axes", titlesize=9, grid=True, axisbelow=True, prop_cycle=plt.cycler(color=colours))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="0.92")
+    plt.rc("legend", fontsize=8, frameon=False)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("pdf", fonttype=42)
     return plt
 
 
@@ -305,15 +280,13 @@ def legend_below(figure, axis, columns=4):
 
 
 def save_figure(figure, folder, name):
-    """Write a matplotlib figure as PNG and PDF into `folder`, atomically, print the path and close it.
-
-    The PNG records this command; no file holds a date, so the same run folders and command give the same bytes.
-    """
+    """Write a matplotlib figure as PDF and as PNG, which records this command, into `folder`, and close it."""
     for text in (*figure.texts, *(axis.title for axis in figure.axes)):
         # They hold names that a user gave: no formulas, any bytes.
         text.set_text(text.get_text().encode(errors="replace").decode())
         text.set_parse_math(False)
     command = runs.command_line().encode(errors="replace").decode()
+    # No file holds a date: the same run folders and command give the same bytes.
     for ending, metadata in (("pdf", dict(CreationDate=None)), ("png", dict(Command=command))):
         path = Path(folder) / f"{name}.{ending}"
         file = io.BytesIO()

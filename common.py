@@ -39,10 +39,8 @@ def generator(*key):
 
 
 def epoch_stream(data, role, seed, epoch):
-    """Order [N] of the training images and view [N] of every image in one epoch, on the CPU.
-
-    Both depend on their key alone, so a run can be continued, or a view recomputed, without replaying what came before.
-    """
+    """Order [N] of the training images and view [N] of every image in one epoch, on the CPU."""
+    # Both depend on their key alone: a run is continued, and a view recomputed, without replaying what came before.
     n = len(data.y_train)
     order = torch.randperm(n, generator=generator("order", role, seed, epoch))
     return order, torch.randint(data.n_views, (n,), generator=generator("views", role, seed, epoch))
@@ -85,10 +83,7 @@ def cifar_arrays(name, data_dir, image_size):
 
 
 def tiny_imagenet_arrays(name, data_dir, image_size):
-    """Tiny-ImageNet from its original folder in data_dir, else downloaded; 64×64, val is the test split.
-
-    Its pictures are decoded once into data_dir/tiny-imagenet.npz, which `load_data` takes first.
-    """
+    """Tiny-ImageNet, val as test split, of its folder in data_dir or downloaded; decoded once, into an .npz there."""
     from torchvision.datasets.utils import download_and_extract_archive
 
     folder, kept = data_dir / "tiny-imagenet-200", data_dir / f"{name}.npz"
@@ -170,8 +165,7 @@ def picture_array(files, root, image_size):
             image = open_picture(file)
             side = side or image.height
             if not image_size and image.size != (side, side):
-                size = f"{image.width}×{image.height}, not {side}×{side}"
-                raise InputError(f"{file} is {size}: give --image-size to resize")
+                raise InputError(f"{file} is {image.width}×{image.height}, not {side}×{side}: give --image-size")
         except InputError as error:
             problems.append(str(error))
             continue
@@ -224,9 +218,8 @@ def dataset_of(name):
 
 def image_facts(x_train, x_test):
     """Hash of all images, and mean and standard deviation [C] of the training images in 0..1 units, as lists."""
-    digest = hashlib.sha256()
-    for images in (x_train, x_test):
-        digest.update(np.ascontiguousarray(images).data)
+    digest = hashlib.sha256(np.ascontiguousarray(x_train).data)
+    digest.update(np.ascontiguousarray(x_test).data)
     levels, mean, std = np.arange(256) / 255, [], []
     for c in range(x_train.shape[3]):
         counts = np.bincount(x_train[..., c].ravel(), minlength=256)
@@ -236,10 +229,7 @@ def image_facts(x_train, x_test):
 
 
 def check_arrays(arrays, source):
-    """The same dict with labels as int64 0..C−1 and `class_names`; InputError names what is wrong.
-
-    Classes are those of the training labels: gaps are closed, and the original numbers kept as names.
-    """
+    """The same dict with labels as int64 0..C−1, gaps closed, and `class_names`; InputError names what is wrong."""
     arrays = dict(arrays)
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -332,8 +322,8 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     training set alone, so every run, subset and architecture sees the same noise; None: that of DATASETS.
     Errors: InputError for an unknown name, unreadable files, bad arrays, or a subset larger than the data.
     """
-    row, path, data_dir = dataset_of(name), name.partition(":")[2] or name, Path(data_dir)
-    prepared = data_dir / f"{name}.npz"
+    row, data_dir = dataset_of(name), Path(data_dir)
+    path, prepared = name.partition(":")[2] or name, data_dir / f"{name}.npz"
     if not row.takes_path and prepared.exists():
         arrays = check_arrays(npz_arrays(prepared, data_dir, image_size), prepared)
     else:
@@ -440,7 +430,7 @@ class InvertedResidual(nn.Module):
         layers += [*conv_norm(hidden, hidden, 3, stride, groups=hidden), nn.ReLU()]
         self.layers = nn.Sequential(*layers, *conv_norm(hidden, channels_out, 1))
         self.residual = stride == 1
-        widens = self.residual and channels_in != channels_out
+        widens = self.residual and channels_in != channels_out  # there the form for CIFAR has a 1×1 shortcut
         self.shortcut = nn.Sequential(*(conv_norm(channels_in, channels_out, 1) if widens else ()))
 
     def forward(self, x):
@@ -448,10 +438,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNet-v2 (Sandler et al. 2018) with the strides usual on CIFAR: the first two reductions are left out.
-
-    The 2.30M-parameter form for 10 classes, with a 1×1 shortcut where only the channels change and no dropout.
-    """
+    """MobileNet-v2 (Sandler et al. 2018) as usual on CIFAR: no dropout, nor the first two reductions; 2.30M weights."""
 
     BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -575,10 +562,7 @@ def student_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, ar
 
 
 def soft_loss(logits, target, temperature):
-    """T²·CE(target, softmax(logits/T)) over the last axis: cross-entropy at T = 1, else kd_loss up to a constant.
-
-    logits, target [..., C]; returns [...]. The constant is T² times the target's entropy, which no gradient sees.
-    """
+    """T²·CE(target, softmax(logits/T)), [..., C] to [...]: KD but for a constant, T² times the target's entropy."""
     return -(temperature**2) * (target * F.log_softmax(logits / temperature, -1)).sum(-1)
 
 
@@ -680,8 +664,7 @@ def add_flags(parser, out_help=OUT_HELP):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     group = parser.add_argument_group("run")
     add = group.add_argument
-    seeds = ("--seeds", "--seed")
-    add(*seeds, type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
+    add("--seeds", "--seed", type=number(int, 0), nargs="+", default=[0], metavar="SEED", help="one run for each")
     add("--out", help=out_help)
     add("--overwrite", action="store_true", help="discard what is in the run folders and start afresh")
     add("--eval-every", type=number(int, 1), help="epochs between test evaluations (default: 20 in a run, or fewer)")

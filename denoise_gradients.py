@@ -357,7 +357,7 @@ def denoise_claims(seeds):
             ("iii", "decrease of the clean held-out loss at shared parameters", decrease),
         ):
             measured = claims.over_seeds([values[key] for values in compared])
-            parts.append(claims.claim_of(f"{text}: ({key}) {where}", "> 0", measured, 0, note))
+            parts.append(claims.claim(f"{text}: ({key}) {where}", "> 0", measured, 0, note))
             verdicts[key] = parts[-1]["verdict"]
         rows += [claims.joint_claim(text, verdicts), *parts]
     rows[0] = claims.headline(rows[0], "§5")
@@ -365,7 +365,7 @@ def denoise_claims(seeds):
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
         measured = claims.over_seeds([link(seed)[key] for seed in seeds])
         text = f"noise falls most where the student falls below its teacher{more}"
-        rows.append(claims.claim_of(text, "< 0", measured, 0, note, above=False))
+        rows.append(claims.claim(text, "< 0", measured, 0, note, above=False))
     return rows
 
 

@@ -82,13 +82,12 @@ def fidelity_statistics(s):
     return dict(agreement=s[:, 1] / s[:, 0], accuracy=s[:, 2] / s[:, 0])
 
 
-def replicates(point, resamples=1000, rng=None, done=None):
+def replicates(point, resamples=1000, rng=None):
     """Every statistic of one seed and split, on the points and on bootstrap draws of them.
 
     point: dict with `teacher` logits [N, C], `labels` [N] and `networks`, a dict of name to logits [N, C].
     Returns {(kind, network, statistic): array [1 + resamples]}, kind predicted, label or fidelity; entry 0 is the
-    statistic itself. All networks see the same draws, so their differences are paired. done: see
-    `claims.resampled_sums`.
+    statistic itself. All networks see the same draws, so their differences are paired.
     """
     rng = rng or np.random.default_rng(0)
     teacher, labels = point["teacher"], point["labels"]
@@ -101,7 +100,7 @@ def replicates(point, resamples=1000, rng=None, done=None):
     for name, logits in dict(point["networks"], teacher=teacher).items():
         parts.append(("fidelity", name, fidelity_columns(teacher, logits, labels), fidelity_statistics))
     every = np.concatenate([columns for _, _, columns, _ in parts], axis=1)
-    sums = claims.resampled_sums(every, resamples, rng, done=done)
+    sums = claims.resampled_sums(every, resamples, rng)
     out, start = {}, 0
     for kind, name, columns, statistics in parts:
         for key, values in statistics(sums[:, start : start + columns.shape[1]]).items():
@@ -115,16 +114,13 @@ def replicates(point, resamples=1000, rng=None, done=None):
     return out
 
 
-def measure(points, resamples=1000, done=None):
-    """{kind: {network: {statistic: dict(value, low, high, seeds)}}} of one split over seeds.
-
-    points: one dict for each seed; see `replicates` for these and `claims.combine` for the values.
-    """
-    per_seed = [replicates(point, resamples, done=done) for point in points]
+def measure(points, resamples=1000, quiet=True):
+    """{kind: {network: {statistic: `claims.combine` over seeds}}} of one split; points: of `replicates`, one a seed."""
+    bar = tqdm(points, "bootstrap", unit="seed", leave=False, disable=quiet or None)
+    per_seed = [replicates(point, resamples) for point in bar]
     table = {}
     for kind, network, key in per_seed[0]:
-        draws = [found[kind, network, key] for found in per_seed]
-        found = claims.combine(draws)
+        found = claims.combine([of_seed[kind, network, key] for of_seed in per_seed])
         if key in SHARES:
             found = claims.within(found, -1.0 if network == "student-control" else 0.0)
         table.setdefault(kind, {}).setdefault(network, {})[key] = found
@@ -182,9 +178,9 @@ def deviation_claims(tables, section="§3.1"):
         if control:
             both = {name: dict(control=control[name], difference=less[name]) for name in both}
         steep = f"{split}: slope of the student's fit exceeds 1"
-        slope = claims.claim_of(steep, "> 1", student["slope"], 1, **both["slope"])
-        below = f"{split}: most of the teacher's hardest quarter lies below y = x"
-        below = claims.claim_of(below, "> 50%", student["low_below"], 0.5, unit="%", **both["low_below"])
+        slope = claims.claim(steep, "> 1", student["slope"], 1, **both["slope"])
+        hardest = f"{split}: most of the teacher's hardest quarter lies below y = x"
+        below = claims.claim(hardest, "> 50%", student["low_below"], 0.5, unit="%", **both["low_below"])
         if not control:
             for row in (slope, below):
                 row.update(verdict="unclear: no control", note="selection alone can cause this")
@@ -197,19 +193,19 @@ def deviation_claims(tables, section="§3.1"):
         against = dict(control=of_label.get("control"), difference=of_label.get("student-control"))
         note = "X and Y of the label instead of the predicted class"
         text = f"{steep} for the label's class"
-        rows.append(claims.claim_of(text, "> 1", of_label["student"], 1, note, **against))
+        rows.append(claims.claim(text, "> 1", of_label["student"], 1, note, **against))
         if not control:
             continue
         text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"
         note = "mean Y − X, student minus control"
-        lower = claims.claim_of(text, "< 0", less["low_gap"], 0, note, above=False)
+        lower = claims.claim(text, "< 0", less["low_gap"], 0, note, above=False)
         rows.append(claims.headline(lower, section) if section == "§3.1" else lower)
         text = f"{split}: the student's slope exceeds the control's"
-        rows.append(claims.claim_of(text, "> 0", less["slope"], 0, "student minus control"))
+        rows.append(claims.claim(text, "> 0", less["slope"], 0, "student minus control"))
         if split == "test":
             text = f"{split}: the student is more accurate than the one-hot control"
             accuracy = table["fidelity"]["student-control"]["accuracy"]
-            rows.append(claims.claim_of(text, "> 0", accuracy, 0, "difference of accuracies", unit="points"))
+            rows.append(claims.claim(text, "> 0", accuracy, 0, "difference of accuracies", unit="points"))
     return rows
 
 
@@ -238,11 +234,8 @@ def plot_one(axis, x, y, x_ends, y_ends, fit):
 
 
 def plot(points, tables, folder, title):
-    """Figure 1a, for every split (rows) and network (columns), the points of all seeds together.
-
-    fig1a.json keeps {split: {network: counts on a grid, rows of Y as text, from low to high, with extent and fit}}.
-    """
-    kept = {split: {} for split in points}
+    """Figure 1a, for every split (rows) and network (columns), the points of all seeds together."""
+    kept = {split: {} for split in points}  # counts on a grid, a text for each row of Y, from low to high
     networks = list(next(iter(points.values()))[0]["networks"])
     shape = (len(points), len(networks))
     figure, axes = claims.pyplot().subplots(*shape, figsize=(4 * shape[1], 3.9 * shape[0] + 0.3), squeeze=False)
@@ -275,17 +268,14 @@ def plot(points, tables, folder, title):
 def report(points, out, title, resamples=2000, section="§3.1", why_not=None, quiet=False, full=True):
     """Measure `points`, {split: one dict per seed, see `replicates`}, and write figure, statistics and claims to `out`.
 
-    section: see `deviation_claims`; why_not: the reason for which nothing is claimed; quiet: without a progress bar;
-    full: see `claims.save_claims`.
+    section: see `deviation_claims`; why_not: why nothing is claimed; full: see `claims.save_claims`.
     """
     for split, seeds in points.items():
         for teacher in [point["teacher"] for point in seeds]:
             if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
                 raise InputError(f"the teacher is equally confident on all {split} points: check its logits")
     out.mkdir(parents=True, exist_ok=True)
-    total = resamples * sum(len(seeds) for seeds in points.values())
-    with tqdm(total=total, desc="bootstrap", unit="draw", leave=False, disable=quiet or None) as bar:
-        tables = {split: measure(seeds, resamples, done=bar.update) for split, seeds in points.items()}
+    tables = {split: measure(seeds, resamples, quiet) for split, seeds in points.items()}
     first = next(iter(points.values()))
     over = claims.scope(len(first), len({point["teacher"].tobytes() for point in first}))
     if "train" in tables:
@@ -294,7 +284,9 @@ def report(points, out, title, resamples=2000, section="§3.1", why_not=None, qu
     facts = dict(seeds=len(first), intervals=f"95%, {over}", bootstrap=resamples)
     runs.write_json(out / "deviation.json", dict(facts, statistics=STATISTICS, fidelity=FIDELITY, tables=tables))
     runs.write_text(out / "statistics.md", statistics_markdown(tables))
-    nothing = [claims.claim(why_not, "above chance", np.nan, np.nan, np.nan, 0)]
-    claims.save_claims(out, nothing if why_not else deviation_claims(tables, section), over, full)
+    rows = deviation_claims(tables, section)
+    if why_not:
+        rows = [claims.claim(why_not, "above chance", dict(value=np.nan, low=np.nan, high=np.nan), 0)]
+    claims.save_claims(out, rows, over, full)
     print(f"statistics: {out / 'statistics.md'}")
     plot(points, tables, out, title)

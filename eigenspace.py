@@ -324,7 +324,7 @@ def linear_claims(results):
         text = f"linear: log risk, student minus teacher, signal in {signal} directions, noise {noise:g}"
         ratios = [np.divide(result[signal]["student"], result[signal]["teacher"]) for result in results]
         measured = claims.over_seeds(np.log(ratios)[:, NOISES.index(noise)])
-        rows.append(claims.claim_of(text, "< 0" if helps else "> 0", measured, 0, above=not helps))
+        rows.append(claims.claim(text, "< 0" if helps else "> 0", measured, 0, above=not helps))
     return rows
 
 
@@ -336,7 +336,7 @@ def beside_control(text, measure, threshold, seeds):
         low, high = (claims.over_seeds([seed["student"][end] for seed in seeds]) for end in ("low", "high"))
         note = f"φ(student) − φ(teacher): {claims.cell(low)} on hard minus {claims.cell(high)} on easy points; {note}"
     both = dict(control=claims.over_seeds(control), difference=claims.over_seeds(student - control))
-    row = claims.claim_of(text, f"< {threshold}", claims.over_seeds(student), threshold, note, above=False, **both)
+    row = claims.claim(text, f"< {threshold}", claims.over_seeds(student), threshold, note, above=False, **both)
     return row, claims.verdict((both["control"]["low"], both["control"]["high"]), threshold, above=False)
 
 

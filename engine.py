@@ -5,6 +5,7 @@ networks of common.py. To change a loss, a model or a dataset you need not read 
 """
 
 import io
+import itertools
 import math
 import time
 from pathlib import Path
@@ -34,8 +35,7 @@ def resolve(args):
         runs.source_of(loss)  # noted now: the file may be edited while this runs
     for flag in ("arch", "mean", "std", "size"):  # of scripts that have these flags
         if getattr(args, f"teacher_{flag}", None) and not (args.teacher and args.teacher_arch):
-            fix = "give --teacher FILE and --teacher-arch with it"
-            raise InputError(f"--teacher-{flag} is of a file of weights: {fix}")
+            raise InputError(f"--teacher-{flag} is of a file of weights: give --teacher FILE and --teacher-arch too")
     args.device = use_device(args.device)
     if args.precision == "auto":
         # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
@@ -96,11 +96,10 @@ def autocast(device_type, precision):
 
 
 def load_teacher(run, data, step=None):
-    """The trained model of a finished run, in eval mode on data's device, checked against `data`.
+    """The trained model of a finished run, in eval mode on data's device, at its end or as it was before a `step`.
 
-    step: as the run was before that step, from its snapshot; None: at its end. InputError when its classes, data,
-    subset or label noise differ from `data`, or when its test accuracy here is not what the run recorded (other
-    weights, or another normalisation).
+    InputError when it was trained on other data than `data`, or when its test accuracy here is not what the run
+    recorded (other weights, or another normalisation).
     """
     config = runs.finished_config(run)
     for key in ("classes", "image", "subset", "label_noise", "data_seed", "n_test", "sha256"):
@@ -117,8 +116,7 @@ def load_teacher(run, data, step=None):
     stopped = step is not None and step < last_step
     path = Path(run) / (f"snapshot-{step}.pt" if stopped else "checkpoint.pt")
     if stopped and not path.exists():
-        fix = f"train that run again with --overwrite --snapshot-at {step / last_step:g}"
-        raise InputError(f"{path} does not exist: {fix}")
+        raise InputError(f"{path} does not exist: train it again with --overwrite --snapshot-at {step / last_step:g}")
     with runs.reading(path, f"it does not fit {arch}: train that run again with --overwrite"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
@@ -135,10 +133,9 @@ def load_teacher(run, data, step=None):
 
 
 class TeacherFromElsewhere(nn.Module):
-    """A classifier that was trained on images of another normalisation or size, for batches of `data`.
+    """For batches of `data`, a classifier that was trained on images of another normalisation or size.
 
-    mean, std: what it was trained with, 1 or C numbers in 0..1 units (None: those of `data`); size: the side that
-    images are resized to, on the device (None: as they are).
+    mean, std: 1 or C numbers in 0..1 units (None: those of `data`); size: of the images' sides (None: as they are).
     """
 
     def __init__(self, model, data, mean=None, std=None, size=None):
@@ -161,8 +158,7 @@ class TeacherFromElsewhere(nn.Module):
 def read_state(file, wanted):
     """{name: tensor} of a file of weights: a state dict or a checkpoint that holds one. No code in it is run.
 
-    wanted: the names that the network has. A prefix under which all of them are found is taken off; InputError when
-    there are two.
+    A prefix under which all the names `wanted` are found is taken off; InputError when there are two.
     """
     with runs.reading(file, "give a state dict, as torch.save(model.state_dict(), FILE) writes it"):
         state = runs.load_tensors(file)
@@ -208,20 +204,18 @@ def load_weights(file, arch, data, mean=None, std=None, size=None):
         fix = f"check --teacher-arch and the number of classes ({data.classes} here)"
         raise InputError(f"{file} does not fit {arch} ({what}): {fix}") from None
     teacher = TeacherFromElsewhere(model, data, mean, std, size)
-    numbers = [
-        " ".join(f"{value:.4g}" for value in part) for part in (mean or data.mean.tolist(), std or data.std.tolist())
-    ]
-    resized = f"{size}×{size} by bilinear interpolation with antialias" if size and size != side else f"{side}×{side}"
-    print(f"{file}: {arch} on images of mean {numbers[0]}, std {numbers[1]}, size {resized}")
+    shown = f"{size or side}×{size or side}"
+    if size and size != side:
+        shown += " by bilinear interpolation with antialias"
+    means, stds = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (mean or data.mean, std or data.std))
+    print(f"{file}: {arch} on images of mean {means}, std {stds}, size {shown}")
     return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
 
 
 def open_teacher(args, seed, data, trained=None):
     """`TeacherLogits` of one seed: of the flags of `common.add_teacher_flags`, else of the run folder `trained`.
 
-    --teacher is a run folder, or with --teacher-arch a file of weights; --teacher-logits are logits of the un-augmented
-    training images. Prints what the teacher fits. InputError when it does not fit the data. To distil from a model of
-    your own, load it here.
+    Prints what the teacher fits. InputError when it does not fit the data. A model of your own is to be loaded here.
     """
     if bool(args.teacher) + bool(args.teacher_logits) + bool(trained) != 1:
         raise InputError("give one of --teacher (a run folder, or weights) and --teacher-logits")
@@ -231,15 +225,13 @@ def open_teacher(args, seed, data, trained=None):
     if Path(name).is_file():
         raise InputError(f"{name} is a file: give --teacher-arch too, what network its weights are of")
     teacher = TeacherLogits(load_teacher(name, data), data, args.precision, args.epochs, name)
-    print(f"{name}: {runs.teacher_fit(name)}")
+    kept = runs.read_npz(Path(name) / "logits.npz", ("train_logits", "train_labels"))
+    print(f"{name}: {runs.fit_note((kept['train_logits'].argmax(1) == kept['train_labels']).mean())}")
     return teacher
 
 
 def teacher_from_elsewhere(name, args, data):
-    """`TeacherLogits` of a file of weights of --teacher-arch, or of a file of logits [N, C] of the training images.
-
-    InputError when its shape is another, or when it is no better than chance on the data.
-    """
+    """`TeacherLogits` of weights of --teacher-arch, or of logits [N, C]; InputError if it is no better than chance."""
     if args.teacher_arch:
         model = load_weights(name, args.teacher_arch, data, args.teacher_mean, args.teacher_std, args.teacher_size)
         teacher = TeacherLogits(model, data, args.precision, args.epochs, name)
@@ -258,14 +250,12 @@ def teacher_from_elsewhere(name, args, data):
         teacher.logits = dict(train_logits=plain)
         teacher.facts.update(teacher_views="every view has the teacher logits of the un-augmented image")
         fix = "give the rows in the order of the un-augmented images"
-    for split, labels in (("train", data.y_train), ("test", data.y_test)):
-        if f"{split}_logits" not in teacher.logits:
-            continue
-        logits = teacher.logits[f"{split}_logits"]
+    labels = dict(train=data.y_train.cpu().numpy(), test=data.y_test.cpu().numpy())
+    for key, logits in teacher.logits.items():
+        split = key.removesuffix("_logits")
         if not torch.isfinite(logits).all():
             raise InputError(f"{name} gives NaN or infinite logits: {fix}")
-        predicted, labels = logits.argmax(1).cpu().numpy(), labels.cpu().numpy()
-        accuracy, chance, above = runs.agreement(predicted, labels, data.classes)
+        accuracy, chance, above = runs.agreement(logits.argmax(1).cpu().numpy(), labels[split], data.classes)
         if not above:
             found = f"{100 * accuracy:.1f}% of the {split} labels, chance {100 * chance:.1f}%"
             raise InputError(f"{name} is no better than chance here ({found}): {fix}")
@@ -274,19 +264,14 @@ def teacher_from_elsewhere(name, args, data):
     return teacher
 
 
-# ---------------------------------------------------------------- teacher logits
-
-
 class TeacherLogits:
     """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or from a table.
 
-    The table [N · n_views, C] has every view of every image. It is made when it is first needed, where a run of
-    `epochs` would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. A
-    teacher in eval mode treats each image alone, so both give the same logits, up to the rounding of convolutions over
-    batches of other sizes. plain: logits [N, C] of the un-augmented images, given where there is no model; then every
-    view has those of its plain image.
-
-    sha256, name and facts tell config.json which teacher it is; logits are those of a teacher from elsewhere.
+    The table [N · n_views, C], of every view of every image, is made when it is first needed, where a run of `epochs`
+    would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. It has the same
+    logits, up to the rounding of convolutions over batches of other sizes. plain: in place of a model, logits [N, C] of
+    the un-augmented images, for every view of each. name and facts tell config.json which teacher it is; logits are
+    those of a teacher from elsewhere.
     """
 
     def __init__(self, model, data, precision="fp32", epochs=0, name="", plain=None):
@@ -318,19 +303,17 @@ class TeacherLogits:
         if not self.all_views or self.table is not None:
             return
         data, views = self.data, self.data.n_views
-        batch = FORWARD_BATCH[data.device.type]
-        every = torch.arange(views, device=data.device)
-        images, table = torch.arange(len(data.y_train), device=data.device), None
-        for index in images.split(max(1, 5000 // views)):
-            pairs = zip(index.repeat_interleave(views).split(batch), every.repeat(len(index)).split(batch), strict=True)
-            part = torch.cat([self._forward(data.batch(*pair)) for pair in pairs])
+        rows, table = torch.arange(len(data.y_train) * views, device=data.device), None
+        for chunk in rows.split(max(1, 5000 // views) * views):  # of whole images
+            batches = chunk.split(FORWARD_BATCH[data.device.type])
+            part = torch.cat([self._forward(data.batch(row // views, row % views)) for row in batches])
             if table is None:
-                table = part.new_empty(len(images) * views, part.shape[1])
-            table[index[0] * views : (index[-1] + 1) * views] = part
+                table = part.new_empty(len(rows), part.shape[1])
+            table[chunk] = part
         self.table, self.rows = table, views
 
 
-# ---------------------------------------------------------------- state
+# ---------------------------------------------------------------- the loop
 
 
 def save_state(path, model, optimizer, **progress):
@@ -360,41 +343,25 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         return step, history, float(state["spent"]), state["sums"].reshape(3).double()
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def train(
-    run,
-    args,
-    model,
-    optimizer,
-    steps,
-    batches,
-    take_step,
-    sums,
-    lr_at,
-    weights_at,
-    evaluate,
-    snapshots=(),
-    start_from=None,
-    amount=None,
+    run, args, model, optimizer, per_epoch, batches, take_step, sums, rates, evaluate, keep=(), start=None, amount=None
 ):
     """The training loop: `model` in the run folder `run`, from its checkpoint if it has one, to its end.
 
-    steps: (in an epoch, in all); batches(epoch) -> list of that many batches; take_step(batch, ce_weight, kd_weight):
-    one optimiser step that adds the loss times n, the hits and n to `sums` [3]; lr_at(step); weights_at(step) ->
-    (ce_weight, kd_weight); evaluate(epoch, at_end) -> {name: number} for the epoch's line; snapshots: steps before
-    which the state is kept as snapshot-<step>.pt; start_from: a checkpoint to begin with when the folder has none;
-    amount: (unit, how many an epoch), by default images. SIGINT or SIGTERM saves and exits 130; on a CPU the continued
-    run ends in the same weights, bit for bit.
+    per_epoch: steps in each of args.epochs; batches(epoch) -> list of that many; take_step(batch, ce_weight,
+    kd_weight): one optimiser step that adds the loss times n, the hits and n to `sums` [3]; rates(step) -> (lr,
+    ce_weight, kd_weight); evaluate(epoch, at_end) -> {name: number} for the epoch's line; keep: steps before which the
+    state is kept as snapshot-<step>.pt; start: a checkpoint to begin with when the folder has none; amount: (unit, how
+    many an epoch), by default images. SIGINT or SIGTERM saves and exits 130; on a CPU the continued run ends in the
+    same weights, bit for bit.
     """
-    per_epoch, total = steps
+    total = per_epoch * args.epochs
     checkpoint = run / "checkpoint.pt"
     step, history, spent = 0, [], 0.0
-    source = checkpoint if checkpoint.exists() else start_from
+    source = checkpoint if checkpoint.exists() else start
     if source is not None:
-        step, history, spent, kept = restore_state(source, model, optimizer, per_epoch, total, sums.device)
-        sums.copy_(kept)
+        step, history, spent, counted = restore_state(source, model, optimizer, per_epoch, total, sums.device)
+        sums.copy_(counted)
         if source == checkpoint and step < total and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
     saved, started = time.monotonic(), time.perf_counter()
@@ -407,16 +374,15 @@ def train(
 
     bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=args.quiet or None)
     with bar, runs.interruptible() as stop:
-        for epoch in range(step // per_epoch, total // per_epoch):
+        for epoch in range(step // per_epoch, args.epochs):
             todo = batches(epoch)[step % per_epoch :]
             model.train()
             started = time.perf_counter()
             for batch in todo:
-                lr = lr_at(step)
+                lr, ce_weight, kd_weight = rates(step)
                 set_learning_rate(optimizer, lr)
-                if step in snapshots:  # with this step's rate, also where the run was continued just here
+                if step in keep:  # with this step's rate, also where the run was continued just here
                     save(run / f"snapshot-{step}.pt")
-                ce_weight, kd_weight = weights_at(step)
                 take_step(batch, ce_weight, kd_weight)
                 step += 1
                 bar.update()
@@ -429,7 +395,10 @@ def train(
                 line.update(progress(sums, spent, started, amount))
                 line.update(evaluate(epoch + 1, step == total))
                 check_finite(run, args, step, model, sums, line)
-                add_line(run, history, line)
+                history.append(line)
+                if "test_acc" in line:
+                    line["best_test_acc"] = max(past.get("test_acc", 0.0) for past in history)
+                runs.write_metrics(run, history)
                 if not args.quiet:
                     bar.write("  ".join(f"{key} {line[key]:.4g}" for key in line if key not in NOT_SHOWN))
                 sums.zero_()
@@ -440,10 +409,12 @@ def train(
                 print(f"{run}: saved at step {step} of {total}")
                 runs.exit_interrupted()
     runs.write_metrics(run, history)
-    print(f"{run}: {ending(history)}")
+    last, seconds = history[-1], sum(line["seconds"] for line in history)
+    test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
+    print(f"{run}: {test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s")
 
 
-def progress(sums, spent, started, amount=None):
+def progress(sums, spent, started, amount):
     """What an epoch's line says of its training; amount: see `train`."""
     loss, hits, seen = sums.tolist()  # waits for the device, so that the time is its own
     seconds = spent + time.perf_counter() - started
@@ -452,33 +423,17 @@ def progress(sums, spent, started, amount=None):
     return {**means, f"{unit}_per_s": round(count / seconds, 1)}
 
 
-def add_line(run, history, line):
-    """Add an epoch's line to the run's history and to its metrics.jsonl."""
-    if "test_acc" in line:
-        before = [past["test_acc"] for past in history if "test_acc" in past]
-        line["best_test_acc"] = max([line["test_acc"], *before])
-    history.append(line)
-    runs.write_metrics(run, history)
-
-
-def ending(history):
-    """A finished run in words."""
-    last, seconds = history[-1], sum(line["seconds"] for line in history)
-    test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
-    return f"{test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s"
-
-
 def set_learning_rate(optimizer, lr):
     """In place where the rate lies in a device tensor, which a CUDA graph reads."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
 
 
-def check_finite(run, args, step, model, sums, line=()):
+def check_finite(run, args, step, model, sums, line=None):
     """InputError when the loss, the weights or a number of the epoch's `line` is NaN or infinite."""
     # Weights and outputs too: the loss of a step is older than what the step did to them.
     values = torch.stack([sums[0], *(p.detach().double().sum() for p in model.parameters())])
-    if not torch.isfinite(values).all() or not all(map(math.isfinite, dict(line).values())):
+    if not torch.isfinite(values).all() or not all(map(math.isfinite, (line or {}).values())):
         fix = f"lower --lr (now {args.lr:g}) or lengthen --warmup, and discard this run with --overwrite"
         what = f"the loss or the weights became NaN or infinite by step {step} of {run}"
         raise InputError(f"{what}: {fix} (its last good checkpoint is kept)")
@@ -488,17 +443,14 @@ def check_finite(run, args, step, model, sums, line=()):
 
 
 def optimiser_step(model, optimizer, loss_of, sums, clip=None):
-    """take_step(batch, ce_weight, kd_weight) for `train`. loss_of(the same) -> (scalar loss, hits, how many there are).
-
-    clip: largest norm of the gradient. Nothing here waits for the device.
-    """
+    """take_step(batch, ce_weight, kd_weight) for `train`. loss_of(the same) -> (scalar loss, hits, how many)."""
     loss_sum, hit_sum, count = sums.unbind()
 
-    def take_step(batch, ce_weight, kd_weight):
+    def take_step(batch, ce_weight, kd_weight):  # nothing in it waits for the device
         loss, hits, n = loss_of(batch, ce_weight, kd_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if clip:
+        if clip:  # the largest norm of the gradient
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         loss_sum.add_(loss.detach(), alpha=n)
@@ -521,11 +473,14 @@ def captured_step(take_step, model, optimizer, batch_size, sums):
     # capture stream a graph that is destroyed would free it under the others (pytorch#193402).
     stream = torch.cuda.Stream()
 
+    def changed():  # by a step; before the first one there are no momentum buffers
+        momentum = [state.get("momentum_buffer") for state in optimizer.state.values()]
+        return [*model.state_dict().values(), sums, *(buffer for buffer in momentum if buffer is not None)]
+
     def capture(distils):
         weights = (ce_weight, kd_weight if distils else 0.0)
+        before = [value.clone() for value in changed()]
         # Warm-up steps compile and allocate; what they changed is put back.
-        before = [value.clone() for value in (*model.state_dict().values(), sums)]
-        momentum = [buffer.clone() for buffer in momentum_buffers(optimizer)]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -535,13 +490,11 @@ def captured_step(take_step, model, optimizer, batch_size, sums):
         with torch.cuda.graph(graph, stream=stream):
             take_step(static, *weights)
         with torch.no_grad():
-            for value, old in zip((*model.state_dict().values(), sums), before, strict=True):
-                value.copy_(old)
-            for k, buffer in enumerate(momentum_buffers(optimizer)):
-                if momentum:
-                    buffer.copy_(momentum[k])
+            for value, old in itertools.zip_longest(changed(), before):
+                if old is None:  # momentum that began in the warm-up
+                    value.zero_()
                 else:
-                    buffer.zero_()
+                    value.copy_(old)
         return graph
 
     def replay(batch, new_ce_weight, new_kd_weight):
@@ -557,22 +510,15 @@ def captured_step(take_step, model, optimizer, batch_size, sums):
     return replay
 
 
-def momentum_buffers(optimizer):
-    found = [state.get("momentum_buffer") for state in optimizer.state.values()]
-    return [buffer for buffer in found if buffer is not None]
-
-
 # ---------------------------------------------------------------- images
 
 
 def evaluated(epoch, args, data):
-    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between.
-
-    20 times in a run, or as often as 4% of its time allow; an evaluated image takes a third of the time of a trained
-    one. Five times at least, for the curves.
-    """
+    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
     if args.eval_every:
         return epoch % args.eval_every == 0
+    # 20 times in a run, or as often as 4% of its time allow: an evaluated image takes a third of a trained one's. Five
+    # times at least, for the curves.
     affordable = round(0.04 * 3 * args.epochs * len(data.y_train) / len(data.y_test))
     times = max(5, min(20, affordable))
     part, part_before = epoch * times // args.epochs, (epoch - 1) * times // args.epochs
@@ -600,15 +546,15 @@ def one_hot(step):
 
 
 def train_images(
-    run, model, data, args, role, seed, loss_fn, weights_at=one_hot, teacher=None, snapshots=(), start_from=None
+    run, model, data, args, role, seed, loss_fn, weights_at=one_hot, teacher=None, snapshots=(), start=None
 ):
     """Train `model` in the run folder `run` and leave its logits.npz there.
 
     loss_fn(model, images, labels, teacher_logits, ce_weight, kd_weight, args) -> (scalar loss, logits [B, C]), where
     teacher_logits is None whenever kd_weight is 0, and the weights may be tensors; weights_at(step) -> (ce_weight,
-    kd_weight); teacher: `TeacherLogits`, or None without distillation; snapshots, start_from: see `train`.
+    kd_weight); teacher: `TeacherLogits`, or None without distillation; snapshots, start: `keep` and `start` of `train`.
     """
-    steps = per_epoch, _ = common.total_steps(args, data)
+    per_epoch, _ = common.total_steps(args, data)
     batch, device = min(args.batch_size, len(data.y_train)), torch.device(args.device)
     model = model.to(device).to(memory_format=torch.channels_last)
     network, lr = model, args.lr
@@ -644,18 +590,15 @@ def train_images(
         accuracy = (logits.argmax(1) == data.y_test).double().mean().item()
         return dict(test_loss=F.cross_entropy(logits, data.y_test).item(), test_acc=accuracy)
 
-    def lr_at(step):
-        return common.learning_rate(step, args, per_epoch)
+    def rates(step):
+        return common.learning_rate(step, args, per_epoch), *weights_at(step)
 
-    train(run, args, model, optimizer, steps, batches, step, sums, lr_at, weights_at, evaluate, snapshots, start_from)
+    train(run, args, model, optimizer, per_epoch, batches, step, sums, rates, evaluate, snapshots, start)
     save_logits(run, model, data)
 
 
 def train_teacher(run, args, seed, data, snapshots=None):
-    """Train one teacher with one-hot labels in the run folder `run`, unless it is finished already.
-
-    args: all flags of a script; snapshots: see `train`, by default the steps of --snapshot-at.
-    """
+    """Train a teacher on one-hot labels in the folder `run`, unless it is finished; args: all flags of a script."""
     args = common.only_flags(args, common.add_flags)
     loss_fn = common.one_hot_loss
     if snapshots is None:
@@ -666,15 +609,12 @@ def train_teacher(run, args, seed, data, snapshots=None):
             train_images(run, model, data, args, "teacher", seed, loss_fn, snapshots=snapshots)
 
 
-def train_student(
-    run, args, seed, data, loss_fn, teacher=None, weights_at=None, snapshots=(), start_from=None, **facts
-):
+def train_student(run, args, seed, data, loss_fn, teacher=None, weights_at=None, snapshots=(), start=None, **facts):
     """Train one student in the run folder `run`, unless it is finished already.
 
-    args: all flags of a script; loss_fn: see `train_images`; teacher: `TeacherLogits`, or None for a one-hot student;
-    weights_at(step) -> (ce_weight, kd_weight), by default the two flags throughout; snapshots, start_from: see `train`;
-    facts go into config.json and are compared. Students of one seed share start, order and views, none of them with a
-    teacher of that seed.
+    args: all flags of a script; weights_at: by default the two flags throughout; facts go into config.json and are
+    compared; all else: see `train_images`. Students of one seed share initialisation, order and views, none of them
+    with a teacher of that seed.
     """
     args = common.only_flags(args, common.add_flags, common.add_student_flags)
     if loss_fn is common.one_hot_loss:
@@ -693,4 +633,4 @@ def train_student(
         if runs.start_run(run, args, "student", seed, data, model, **known):
             if teacher and teacher.logits:  # for Figure 1a, which finds no run folder of this teacher
                 runs.write_npz(run / "teacher.npz", {key: value.cpu().numpy() for key, value in teacher.logits.items()})
-            train_images(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start_from)
+            train_images(run, model, data, args, "student", seed, loss_fn, weights_at, teacher, snapshots, start)

@@ -532,12 +532,10 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     def batches(epoch):
         return length_batches(tokens.lengths, flags.batch_size, role, seed, epoch)
 
-    def lr_at(step):  # linear warm-up, then linear decay to 0 (Devlin et al. 2019)
+    def rates(step):  # linear warm-up, then linear decay to 0 (Devlin et al. 2019)
         rise = flags.warmup * total
-        return flags.lr * min((step + 1) / (rise + 1), (total - step) / (total - rise))
-
-    def weights_at(step):
-        return flags.ce_weight, flags.kd_weight
+        lr = flags.lr * min((step + 1) / (rise + 1), (total - step) / (total - rise))
+        return lr, flags.ce_weight, flags.kd_weight
 
     def evaluate(epoch, at_end):
         line, precision = {}, "fp32" if at_end else args.precision  # what a run ends with is quoted
@@ -550,12 +548,12 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
 
     final = {}  # the logits of the last evaluation
     take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
-    loop = (batches, take_step, sums, lr_at, weights_at, evaluate)
     amount = ("tokens", int(tokens.lengths.sum()))
     with runs.locked(run):
         if runs.start_run(run, flags, role, seed, data, network, **facts):
             torch.manual_seed(common.stream_seed("dropout", role, seed))
-            engine.train(run, flags, network, optimizer, (per_epoch, total), *loop, amount=amount)
+            loop = (per_epoch, batches, take_step, sums, rates, evaluate)
+            engine.train(run, flags, network, optimizer, *loop, amount=amount)
             # As `engine.save_logits` writes them of images, in fp32: φ needs all bits of the logits.
             train = data.splits["train"]
             arrays = dict(train_labels=train.labels, train_clean_labels=train.clean, train_index=data.index)
@@ -621,12 +619,12 @@ def report_scores(folders, data, args):
     if "bayes_accuracy" in data.facts:
         bayes = scores(test.clean, test.labels, args.bootstrap)["acc"]
         share = claims.ratio(draws["teacher", "test_acc"], [bayes] * len(folders))
-        found.append(claims.claim_of("the teacher reaches 90% of the Bayes accuracy", "> 0.9", share, 0.9))
+        found.append(claims.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", share, 0.9))
     if names[-1] != "acc":
         for student in args.student:
             kd, onehot = (np.stack(draws[f"{student} {what}", f"test_{names[-1]}"]) for what in ("kd", "onehot"))
             text = f"{student}: KD has the higher {names[-1].upper()} on the dev set"
-            found.append(claims.claim_of(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
+            found.append(claims.claim(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
     if found:
         claims.save_claims(args.results, found, over)
 

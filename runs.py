@@ -47,15 +47,15 @@ def cli(main):
     try:
         main()
     except InputError as error:
-        sys.exit(_complain(error))
+        _exit_with(error)
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if not memory and "DefaultCPUAllocator" not in str(error):  # a CPU's failed allocation has no kind of its own
             raise
-        sys.exit(_complain(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the model's size"))
+        _exit_with(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the model's size")
     except OSError as error:
         where = f"{error.strerror or error}: {error.filename or 'no file named'}"
-        sys.exit(_complain(f"{where} (check that the folder exists, is writable and has space left)"))
+        _exit_with(f"{where} (check that the folder exists, is writable and has space left)")
     except KeyboardInterrupt:
         exit_interrupted()
 
@@ -65,9 +65,9 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def _complain(message):
+def _exit_with(message):
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
+    raise SystemExit(2)
 
 
 @contextmanager
@@ -113,16 +113,11 @@ def command_line():
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Adds each flag's default, unless its help says so itself (where the default depends on other flags)."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
     def _get_help_string(self, action):
-        default = action.default if isinstance(action.default, (list, tuple)) else [action.default]
-        if default in ([], [None]) or any(isinstance(value, bool) for value in default):
-            return action.help  # not given, or a switch
-        if "default" in action.help or action.default is argparse.SUPPRESS:
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        if "default" in action.help or shown in ("", "None", "False", argparse.SUPPRESS):  # not given, or a switch
             return action.help
-        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
         return f"{action.help} (default: {shown})"
 
 
@@ -132,14 +127,15 @@ class Parser(argparse.ArgumentParser):
     defaults = {}  # of the command's flags: what a run without one of them, of an earlier version, was trained with
 
     def __init__(self, docstring):
-        super().__init__(description=docstring, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False)
+        layout = functools.partial(_Help, max_help_position=30)
+        super().__init__(description=docstring, usage="%(prog)s [flags]", formatter_class=layout, allow_abbrev=False)
 
     def parse_args(self, argv=None):
         Parser.defaults = {action.dest: action.default for action in self._actions}
         return super().parse_args(argv)
 
     def error(self, message):
-        raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
+        _exit_with(f"{message} (see {self.prog} --help)")
 
 
 def number(kind, low, high=None, open_high=False, open_low=False):
@@ -168,13 +164,9 @@ def check_seeds(seeds):
 
 
 def write_atomic(path, content):
-    """Write the bytes `content` to a temporary file beside `path`, then rename it over `path`. OSError names `path`.
-
-    A reader, or a run killed at any moment, sees the old file or the new one, never a torn one. One writer at a time:
-    run folders are locked.
-    """
+    """Write bytes so that a reader, or a kill at any moment, leaves the old file or the new. OSError names `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one writer at a time: run folders are locked
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -193,18 +185,10 @@ def write_text(path, text):
     write_atomic(path, text.encode(errors="replace"))
 
 
-def _finite(part):
-    """`part` with numbers that are not finite as None."""
-    if isinstance(part, dict):
-        return {str(key): _finite(item) for key, item in part.items()}
-    if isinstance(part, (list, tuple)):
-        return [_finite(item) for item in part]
-    return None if isinstance(part, float) and not math.isfinite(part) else part
-
-
 def write_json(path, value):
     """Write `value` atomically as indented JSON; numbers that are not finite become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)  # it is called for NaN and ±Infinity
+    write_text(path, json.dumps(finite, indent=1) + "\n")
 
 
 def write_npz(path, arrays):
@@ -221,10 +205,7 @@ def read_json(path):
 
 
 def read_npz(path, keys=None, optional=()):
-    """The arrays `keys` (None: all) of an .npz as a dict, and of `optional` those that it has.
-
-    InputError when it is missing, torn or lacks one of `keys`.
-    """
+    """{key: array} of an .npz: all of `keys` (None: of any), and of `optional` what it has; else InputError."""
     with reading(path, "check the path, or make it again"):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -307,10 +288,7 @@ def write_metrics(run, history):
 
 
 def kept_result(path, settings, compute):
-    """`compute()`, a dict of plain numbers and lists, as kept in the JSON file `path` together with its `settings`.
-
-    InputError when the file was made with other settings, or has changed since.
-    """
+    """`compute()`, a dict of plain numbers and lists, kept in the JSON file `path`; InputError when it does not fit."""
 
     def digest(result):
         return hashlib.sha256(json.dumps(result).encode()).hexdigest()
@@ -393,13 +371,11 @@ def _csv_array(file):
     if cells.shape[1] > 1 and cells[0].tolist() == [str(k) for k in range(cells.shape[1])]:
         cells = cells[1:]  # the header of pandas for columns without names
     for first in (0, 1):  # line 0 may be a header
-        try:
-            numbers = cells[first:].astype(float)
-        except ValueError:
-            continue
-        if np.array_equal(numbers, numbers.round()):
-            numbers = numbers.astype(np.int64)
-        return numbers[:, 0] if numbers.shape[1] == 1 else numbers
+        with suppress(ValueError):  # words
+            cells = cells[first:].astype(float)
+            break
+    if cells.dtype == float and np.array_equal(cells, cells.round()):
+        cells = cells.astype(np.int64)
     return cells[:, 0] if cells.shape[1] == 1 else cells
 
 
@@ -414,8 +390,7 @@ def check_logits(logits, name, like=None):
     logits = logits.astype(np.float64)
     if not np.isfinite(logits).all():
         row = np.argwhere(~np.isfinite(logits))[0, 0]
-        fix = "give finite logits, clipped if need be"
-        raise InputError(f"{name} has NaN or infinite values (first in row {row}): {fix}")
+        raise InputError(f"{name} has NaN or infinite values (first in row {row}): give finite ones, or clip them")
     largest = np.abs(logits).max()
     if largest > 1e6:
         raise InputError(f"{name} has values up to {largest:.2g}: these are no logits; check what was saved")
@@ -439,8 +414,10 @@ def check_labels(labels, name, logits):
         words, labels = np.unique(labels, return_inverse=True)
         if len(words) != classes:  # with one missing, which number is whose cannot be known
             raise InputError(f"{name} has {len(words)} different words for {classes} classes: give their numbers")
-        shown = ", ".join(f"{word} = {k}" for k, word in enumerate(words[:4].tolist()))
-        print(f"{name}: its {len(words)} labels are numbered in sorted order ({shown}{', …' * (len(words) > 4)})")
+        shown = [f"{word} = {k}" for k, word in enumerate(words.tolist())]
+        if len(words) > 4:
+            shown[4:] = ["…"]
+        print(f"{name}: its {len(words)} labels are numbered in sorted order ({', '.join(shown)})")
     fits = labels.shape == (n,) and labels.dtype.kind in "iu"
     if not fits or labels.min() < 0 or labels.max() >= classes:
         there = f"{labels.dtype} {list(labels.shape)}"
@@ -449,10 +426,8 @@ def check_labels(labels, name, logits):
 
 
 def agreement(predicted, other, classes):
-    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the second).
-
-    Rows in another order are readable and give figures, but then one is independent of the other.
-    """
+    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the other)."""
+    # Rows in another order are readable and give figures, but then one is independent of the other.
     shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
     chance, agreed = float(shares[0] @ shares[1]), float((predicted == other).mean())
     return agreed, chance, agreed > chance + 2 * math.sqrt(chance * (1 - chance) / len(predicted))
@@ -464,12 +439,6 @@ def fit_note(fit):
     if fit < 0.9:
         text += " and does not interpolate them, as the paper's claims suppose"
     return text
-
-
-def teacher_fit(run):
-    """`fit_note` of a finished run."""
-    arrays = read_npz(Path(run) / "logits.npz", ("train_logits", "train_labels"))
-    return fit_note((arrays["train_logits"].argmax(1) == arrays["train_labels"]).mean())
 
 
 def weights_hash(state):
@@ -512,19 +481,15 @@ def default_name(args):
 
 @contextmanager
 def locked(run):
-    """Have the run folder `run` alone while it is trained; InputError when another process has it.
-
-    The system drops the lock with the process that holds it, however that ends: a file left behind hinders nobody.
-    """
+    """Have the run folder `run` alone while it is trained; InputError when another process has it."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    path = run / ".lock"
+    path = run / ".lock"  # the system drops the lock with its process, however that ends: a file left hinders nobody
     lock = FileLock(path, timeout=2)  # seconds: a look at a finished run takes a part of one
     try:
         lock.acquire()
     except Timeout:
-        advice = "wait for it, or choose another --out"
-        raise InputError(f"{run} is being trained by another process: {advice}") from None
+        raise InputError(f"{run} is being trained by another process: wait for it, or choose another --out") from None
     except OSError as error:
         print(f"note: {run} is not locked ({error.strerror}): let no other process train there")
     try:
@@ -577,9 +542,10 @@ def start_run(run, args, role, seed, data, model, **facts):
         discard(run, role)
         write_json(path, config)
         return True
-    before, pairs = read_config(run), []
+    before = read_config(run)
     before["flags"] = {**{key: Parser.defaults.get(key) for key in flags}, **before["flags"]}
     before["facts"].setdefault("loss", facts.get("loss"))  # which earlier versions did not note down
+    pairs = []
     for key in ("role", "seed", "flags", "data", "facts"):
         pairs += _differences({key: before.get(key)}, {key: config[key]})
     differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
@@ -606,10 +572,7 @@ def _differences(before, after, prefix=""):
 
 @functools.cache  # as it was when it was first asked for: the file may be edited while this runs
 def source_of(function):
-    """The lines of a function and of those that it calls in its own file: comments, docstrings and layout aside.
-
-    In config.json they tell runs of two losses apart. None where the source is not at hand.
-    """
+    """A loss for config.json: its lines and those of what it calls in its own file, no comments; None: no source."""
     if not inspect.isfunction(function):
         return None
     called = [function.__globals__.get(name) for name in function.__code__.co_names]
@@ -629,15 +592,13 @@ def source_of(function):
 
 
 def discard(run, role):
-    """Empty a run folder of the files of its run but config.json, and no others; InputError for a run of another role.
-
-    First goes what says "finished". What is interrupted here still has its old config.json, and is asked again.
-    """
+    """Empty a run folder of the files of its run but config.json, no others; InputError for a run of another role."""
     there = role
     with suppress(InputError):  # a damaged one can be started afresh
         there = read_config(run).get("role")
     if there != role:
         raise InputError(f"--overwrite would discard {run}, which holds a {there}: choose another --out")
+    # First goes what says "finished". What is interrupted here still has its old config.json, and is asked again.
     for file in sorted(run.iterdir(), key=lambda file: file.name != "logits.npz"):
         if RUN_FILE.fullmatch(file.name) and file.name != "config.json":
             file.unlink()

@@ -93,7 +93,7 @@ def train_seed(base, args, seed, data):
             # from the start: slower, with the same result.
             start = latest_snapshot(folders[before], switch_step)
             switch = dict(direction=direction, step=switch_step)
-            more = dict(weights_at=weights_at, start_from=start, switch=switch)
+            more = dict(weights_at=weights_at, start=start, switch=switch)
             engine.train_student(folders[direction, s], flags[after], seed, data, common.student_loss, teacher, **more)
     if teacher.logits:
         del folders["teacher"]
@@ -174,7 +174,7 @@ def switch_claims(rows):
     """Claims rows: the gain, what switching at half time does to it, and whether late switching already deviates."""
     gain = rows[0]["gain"]
     note = "difference of test accuracies"
-    found = [claims.claim_of("KD is more accurate than one-hot", "> 0", gain, 0, note, unit="points")]
+    found = [claims.claim("KD is more accurate than one-hot", "> 0", gain, 0, note, unit="points")]
     texts = {
         "onehot2kd": ("switching to KD at half time recovers most of the gain", "> 0.5", True),
         "kd2onehot": ("reverse switching at half time loses most of the gain", "< 0.5", False),
@@ -182,9 +182,9 @@ def switch_claims(rows):
     for row in rows:
         text, expected, above = texts[row["direction"]]
         if row["s"] == 0.5 and row["recovered"]:
-            found.append(claims.claim_of(text, expected, row["recovered"], 0.5, "recovered gain", above))
+            found.append(claims.claim(text, expected, row["recovered"], 0.5, "recovered gain", above))
         elif row["s"] == 0.5:  # the gain stands in its place
-            found.append(claims.claim_of(text, "gain above 0", gain, np.nan, row["reason"], unit="points"))
+            found.append(claims.claim(text, "gain above 0", gain, np.nan, row["reason"], unit="points"))
     found = [claims.headline(row, "§3.2") for row in found]
     note = "mean Y − X, switched student minus one-hot"
     switched = [row for row in rows if row["direction"] == "onehot2kd" and 0 < row["s"] < 1]
@@ -192,7 +192,7 @@ def switch_claims(rows):
         late = switched[-1]
         for split, networks in late["deviation"].items():
             text = f"{split}: switching to KD at s={late['s']:g} already lowers the student on the hardest quarter"
-            found.append(claims.claim_of(text, "< 0", networks["student-control"]["low_gap"], 0, note, above=False))
+            found.append(claims.claim(text, "< 0", networks["student-control"]["low_gap"], 0, note, above=False))
     return found
 
 

@@ -103,13 +103,13 @@ def pays_claims(rows):
         for name, text in rising.items():
             gain = claims.over_seeds(np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"]))
             unit, note = "" if name == "slope" else "points", "last teacher minus first, over seeds"
-            row = claims.claim_of(f"{text} rises with the teacher's fit", "> 0", gain, 0, note, unit=unit)
+            row = claims.claim(f"{text} rises with the teacher's fit", "> 0", gain, 0, note, unit=unit)
             if name == "lead":
                 row = claims.headline(row, "title")
             found.append(row)
     for name, text in (("lead", "its own teacher"), ("gain", "the one-hot control")):
         text = f"the last teacher's student beats {text}"
-        found.append(claims.claim_of(text, "> 0", last[name], 0, "difference of test accuracies", unit="points"))
+        found.append(claims.claim(text, "> 0", last[name], 0, "difference of test accuracies", unit="points"))
     return found
 
 
