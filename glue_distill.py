@@ -7,13 +7,11 @@
 
 Each seed trains a teacher on the labels and, for each student, a one-hot control and a network distilled from the
 teacher's logits.npz. Text is not augmented, so these logits are exact. A saved model begins as teacher and as student
-from the same weights, with a head, an order and dropout of its own. Writes into --results glue.json and glue.md with
-all scores, and a folder for each student: fig1a, statistics and claims.
-Departures from the paper: sentence order is by length within pools of 50 batches; GLUE's dev set is the test set (its
-labels are public).
+from the same weights, with a head, an order and dropout of its own. --results gets glue.json and glue.md with all
+scores, and a folder for each student: fig1a, statistics and claims. Departures from the paper: sentence order is by
+length within pools of 50 batches; GLUE's dev set is the test set (its labels are public).
 """
 
-import argparse
 import csv
 import hashlib
 import math
@@ -35,27 +33,27 @@ import engine
 import runs
 from runs import InputError, number
 
-# ---------------------------------------------------------------- texts
+# ---------------------------------------------------------------- texts and tokens
 
-# Of a published task: folder in --data-dir, columns of texts and label, classes in the order of Hugging Face, and its
-# repository there with the columns of texts.
-Published = namedtuple("Published", "folder columns label classes repository hub_columns")
+# Of a published task: folder in --data-dir, columns of texts and label, classes in the order of Hugging Face, and the
+# columns of texts there, with the repository.
 GLUE = "nyu-mll/glue"
+Published = namedtuple("Published", "folder columns label classes hub_columns repository", defaults=[GLUE])
 PAIR = ["sentence1", "sentence2"]
 BINARY = ["0", "1"]
 ENTAILMENT = ["entailment", "not_entailment"]
 NLI = ["entailment", "neutral", "contradiction"]
 TOPICS = ["World", "Sports", "Business", "Sci/Tech"]
 PUBLISHED = {
-    "cola": Published("CoLA", ["sentence"], "label", BINARY, GLUE, ["sentence"]),
-    "sst-2": Published("SST-2", ["sentence"], "label", BINARY, GLUE, ["sentence"]),
-    "mrpc": Published("MRPC", ["#1 String", "#2 String"], "Quality", BINARY, GLUE, PAIR),
-    "rte": Published("RTE", PAIR, "label", ENTAILMENT, GLUE, PAIR),
-    "qnli": Published("QNLI", ["question", "sentence"], "label", ENTAILMENT, GLUE, ["question", "sentence"]),
-    "qqp": Published("QQP", ["question1", "question2"], "is_duplicate", BINARY, GLUE, ["question1", "question2"]),
-    "mnli": Published("MNLI", PAIR, "gold_label", NLI, GLUE, ["premise", "hypothesis"]),
-    "imdb": Published("imdb", ["text"], "label", ["neg", "pos"], "stanfordnlp/imdb", ["text"]),
-    "ag_news": Published("ag_news", ["text"], "label", TOPICS, "fancyzhx/ag_news", ["text"]),
+    "cola": Published("CoLA", ["sentence"], "label", BINARY, ["sentence"]),
+    "sst-2": Published("SST-2", ["sentence"], "label", BINARY, ["sentence"]),
+    "mrpc": Published("MRPC", ["#1 String", "#2 String"], "Quality", BINARY, PAIR),
+    "rte": Published("RTE", PAIR, "label", ENTAILMENT, PAIR),
+    "qnli": Published("QNLI", ["question", "sentence"], "label", ENTAILMENT, ["question", "sentence"]),
+    "qqp": Published("QQP", ["question1", "question2"], "is_duplicate", BINARY, ["question1", "question2"]),
+    "mnli": Published("MNLI", PAIR, "gold_label", NLI, ["premise", "hypothesis"]),
+    "imdb": Published("imdb", ["text"], "label", ["neg", "pos"], ["text"], "stanfordnlp/imdb"),
+    "ag_news": Published("ag_news", ["text"], "label", TOPICS, ["text"], "fancyzhx/ag_news"),
 }
 METRICS = {"cola": ["mcc"], "mrpc": ["acc", "f1"], "qqp": ["acc", "f1"]}  # of other tasks: accuracy
 TASKS = ("sentiment", *PUBLISHED)
@@ -64,14 +62,11 @@ COLUMNS = dict(text=["text", "sentence", "review"], label=["label", "sentiment"]
 
 @dataclass
 class Split:
-    """N texts of one split, each a tuple of one or two str, with labels int64 [N].
-
-    clean: labels without noise, int64 [N]; of the embedded task the more probable classes, of all others the labels.
-    """
+    """N texts of one split, each a tuple of one or two str, with labels int64 [N]."""
 
     texts: list
     labels: np.ndarray
-    clean: np.ndarray
+    clean: np.ndarray  # the same, but of the embedded task the more probable classes
 
     def take(self, index):
         return Split([self.texts[k] for k in index], self.labels[index], self.clean[index])
@@ -83,11 +78,10 @@ class Split:
 
 
 def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
-    """A task: sentiment, one of GLUE's, imdb, ag_news, or csv:PATH, as a namespace of three.
+    """One of TASKS, or csv:PATH, as a namespace of three.
 
     splits {name: Split}: train, test and, of MNLI, mismatched; index [n_train]: places in the full training set; facts:
-    for config.json. Local files in data_dir come first, else Hugging Face `datasets`. subset: that many training texts,
-    a seeded and nested draw; 0 for all. columns: see `read_csv`. Says how many test texts are training texts too.
+    for config.json. subset: that many training texts, a seeded and nested draw; 0 for all. columns: see `read_csv`.
     InputError for an unknown task, a torn or missing file, or too few texts.
     """
     if name == "sentiment":
@@ -106,8 +100,7 @@ def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
     index = np.sort(order[: subset or n])
     splits["train"], test = splits["train"].take(index), splits["test"]
     if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
-        needed = "train and test need two classes each, and 8 test texts at least"
-        raise InputError(f"{name}: {needed}: give more data or a larger --subset")
+        raise InputError(f"{name}: each split needs two classes, and test 8 texts: give more data or a larger --subset")
     known = set(splits["train"].texts)
     for key, split in splits.items():
         shared = sum(text in known for text in split.texts)
@@ -148,7 +141,7 @@ def published(name, data_dir, data_seed):
 
 
 def read_tsv(path, name):
-    """One file of GLUE's TSV layout as a Split. Quotes are literal; a torn row is an InputError that names its line.
+    """One file of GLUE's TSV layout as a Split. Quotes are literal; InputError names the line of a torn row.
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
@@ -179,16 +172,15 @@ def read_tsv(path, name):
 
 
 def csv_splits(path, data_seed, columns=None):
-    """(class names, splits) of a folder with train.csv and test.csv, or of one file, of which a seeded fifth of the
-    different texts is the test split. Prints the classes."""
+    """(class names, splits) of a folder's train.csv and test.csv, or of a file, a seeded fifth of its texts is test."""
     if path.is_dir():
-        (texts, words), test = (read_csv(path / f"{part}.csv", columns or {}) for part in ("train", "test"))
-        in_test = np.arange(len(texts) + len(test[0])) >= len(texts)
-        texts, words = texts + test[0], words + test[1]
+        (texts, words), (more, more_words) = (read_csv(path / f"{part}.csv", columns) for part in ("train", "test"))
+        in_test = np.repeat([False, True], [len(texts), len(more)])
+        texts, words = texts + more, words + more_words
         if len({len(text) for text in texts}) > 1:
             raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
-        texts, words = read_csv(path, columns or {})
+        texts, words = read_csv(path, columns)
         different = list(dict.fromkeys(texts))
         order = torch.randperm(len(different), generator=common.generator("split", data_seed)).tolist()
         drawn = {different[k] for k in order[: len(order) // 5]}
@@ -197,7 +189,8 @@ def csv_splits(path, data_seed, columns=None):
             print(f"{path}: {len(texts) - len(different)} rows repeat a text; all rows of a text go into one split")
     classes = [class_of(word) for word in words]
     names = {}  # {class: the shortest way in which it is written}
-    for known, _, word in sorted({(classes[k], len(words[k]), words[k]) for k in np.flatnonzero(~in_test)}):
+    train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
+    for known, _, word in sorted({(classes[k], len(words[k]), words[k]) for k in train}):
         names.setdefault(known, word)
     if len(names) > 20 and any(value != value.to_integral_value() for _, value, _ in names):
         what = f"{path}: the label is a regression target ({len(names)} different numbers, some of them not whole)"
@@ -210,8 +203,7 @@ def csv_splits(path, data_seed, columns=None):
     shown = [f"{word[:40]} ({count})" for word, count in zip(names.values(), np.bincount(labels), strict=True)][:20]
     print(f"{path}: {len(names)} classes; the first ones, with their numbers of texts: {', '.join(shown)}")
     every = Split(texts, labels, labels)
-    splits = dict(train=every.take(np.flatnonzero(~in_test)), test=every.take(np.flatnonzero(in_test)))
-    return list(names.values()), splits
+    return list(names.values()), dict(train=every.take(train), test=every.take(test))
 
 
 def class_of(word):
@@ -221,13 +213,13 @@ def class_of(word):
     return 1, Decimal(0), word
 
 
-def read_csv(path, columns):
+def read_csv(path, columns=None):
     """(texts as `Split` has them, labels as words) of a CSV file with the columns text[,text2],label.
 
-    columns: {column: its name}, where that is none of those in COLUMNS. InputError names the line in which a
-    row begins that is torn, that lacks a text, or that a stray quote joins with others.
+    columns: {column: its name, where that is none of COLUMNS}. InputError names the line in which a row begins that is
+    torn, that lacks a text, or that a stray quote joins with others.
     """
-    rows, start = [], 1
+    rows, start, columns = [], 1, columns or {}
     fix = "save it as UTF-8 CSV with the columns text[,text2],label"
     with runs.reading(path, fix), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
@@ -264,14 +256,12 @@ def read_csv(path, columns):
     return [tuple(row[k] for k in places.values()) for _, row in rows], [row[label].strip() for _, row in rows]
 
 
-# The embedded task. Strong words count 2, mild ones 1.
-GOOD = {
+# The embedded task: adjectives by what they count, things and verbs, and factors.
+ADJECTIVES = {
     2: "brilliant superb wonderful gripping moving hilarious dazzling splendid".split(),
     1: "pleasant decent solid charming neat likeable fresh tidy".split(),
-}
-BAD = {
-    2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(),
-    1: "weak bland uneven thin dull stale slow loose".split(),
+    -1: "weak bland uneven thin dull stale slow loose".split(),
+    -2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(),
 }
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
 THINGS, VERBS = THINGS.split(), "is was seems feels looked remains".split()
@@ -283,8 +273,7 @@ def sentiment(n, part, data_seed):
 
     A clause scores ±1 or ±2 by its adjective, times its intensifier, times −0.6 when negated. "A and B" joins clauses
     of the same sign and scores A + B; "A but B" and "although A, B" join opposite ones and score 0.4·A + B, so that the
-    main clause wins. The probability of a positive label is 1/(1 + exp(−2·score)): near score 0 nobody can do better
-    than guess.
+    main clause wins. The probability of a positive label is 1/(1 + exp(−2·score)).
     """
     rng = np.random.default_rng(common.stream_seed("sentiment", part, data_seed))
 
@@ -292,12 +281,12 @@ def sentiment(n, part, data_seed):
         return words[rng.integers(len(words))]
 
     def clause(sign):
-        negated, strength = rng.random() < 0.3, int(rng.integers(1, 3))
+        negated, count = rng.random() < 0.3, sign * int(rng.integers(1, 3))
         intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
-        adjectives = (GOOD if (sign > 0) != negated else BAD)[strength]
-        score = sign * strength * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
-        words = ("the", pick(THINGS), pick(VERBS), "not" * negated, intensifier, pick(adjectives))
-        return " ".join(filter(None, words)), score
+        thing, verb = pick(THINGS), pick(VERBS)
+        adjective = pick(ADJECTIVES[-count if negated else count])
+        words = ("the", thing, verb, "not" * negated, intensifier, adjective)
+        return " ".join(filter(None, words)), count * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
 
     texts, scores = [], []
     for _ in range(n):
@@ -308,15 +297,13 @@ def sentiment(n, part, data_seed):
             text, score = f"{text} and {other}", score + more
         elif form < 0.6:
             other, less = clause(-sign)
-            text, score = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}", score + 0.4 * less
+            text = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}"
+            score += 0.4 * less
         texts.append((f"{text} .",))
         scores.append(score)
     positive = 1 / (1 + np.exp(-2 * np.array(scores)))
     labels = (rng.random(n) < positive).astype(np.int64)
     return Split(texts, labels, (positive > 0.5).astype(np.int64))
-
-
-# ---------------------------------------------------------------- tokens and batches
 
 
 def byte_level_bpe(texts, vocab_size):
@@ -347,14 +334,11 @@ class Tokens:
 
 
 def length_batches(lengths, batch, *key, pool=50):
-    """List of index tensors, one per step of an epoch, in which every text comes once; it depends on the key alone.
-
-    Texts are shuffled and sorted by length within pools of batches, which keeps padding low; then batches are shuffled.
-    """
+    """Index tensors of an epoch's steps, from the key alone: shuffled texts, by length within pools of batches."""
     random = common.generator("order", *key)
     parts = []
     for chunk in torch.randperm(len(lengths), generator=random).split(pool * batch):
-        parts += chunk[lengths[chunk].argsort(stable=True)].split(batch)
+        parts += chunk[lengths[chunk].argsort(stable=True)].split(batch)  # little padding
     return [parts[k] for k in torch.randperm(len(parts), generator=random).tolist()]
 
 
@@ -434,8 +418,7 @@ def saved_model(name, data, args):
         # A number beyond the vocabulary would read past the embedding's end.
         within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
         if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
-            what = f"the tokenizer in {name} is of another family than its model, or incomplete"
-            raise InputError(f"{what}: put the model's own there ({TOKENIZERS})")
+            raise InputError(f"the tokenizer in {name} is of another model, or incomplete: give its own ({TOKENIZERS})")
         rows = None
         if any("SequenceClassification" in kind for kind in config.architectures or ()):
             rows = head_rows(name, config, data.facts["class_names"])
@@ -475,8 +458,7 @@ def build_classifier(model, key):
         odd = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
         lost = sorted(name for name in odd if name.startswith(encoder) and "pooler" not in name)
         if lost:
-            what = f"model {model.name} lacks the weights {lost[0]} and {len(lost) - 1} more"
-            raise InputError(f"{what}: its config.json and its weights do not belong together")
+            raise InputError(f"model {model.name} lacks {len(lost)} weights, as {lost[0]}: give its own config.json")
         if model.rows == []:
             saved = {name: weights for name, weights in network.state_dict().items() if name.startswith(encoder)}
             network = AutoModelForSequenceClassification.from_config(model.config)
@@ -488,7 +470,7 @@ def build_classifier(model, key):
     return network.float()
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- training and scores
 
 
 def train_text(run, model, args, role, seed, data, teacher_logits=None):
@@ -498,7 +480,7 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     """
     network = build_classifier(model, (role, seed)).to(args.device)
     names = "batch_size warmup precision device overwrite quiet ce_weight kd_weight temperature".split()
-    flags = argparse.Namespace(arch=model.name, **{name: getattr(args, name) for name in names})
+    flags = SimpleNamespace(arch=model.name, **{name: getattr(args, name) for name in names})
     # Pretrained: within Liu et al. 2019, table 10. From scratch 1e-3 for tiny, inversely with the width above it.
     scratch = size_of(model.name) is not None
     flags.lr = args.lr or (min(1e-3, 0.064 / model.config.hidden_size) if scratch else 2e-5)
@@ -540,13 +522,12 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     def evaluate(epoch, at_end):
         line, precision = {}, "fp32" if at_end else args.precision  # what a run ends with is quoted
         for key in [key for key in data.splits if key != "train"]:
-            logits = final[key] = logits_of(network, model.tokens[key], precision)
+            logits = logits_of(network, model.tokens[key], precision)
             targets = torch.as_tensor(data.splits[key].labels)
             line[f"{key}_acc"] = (logits.argmax(1) == targets).double().mean().item()
             line[f"{key}_loss"] = F.cross_entropy(logits, targets).item()
         return line
 
-    final = {}  # the logits of the last evaluation
     take_step = engine.optimiser_step(network, optimizer, loss_of, sums, clip=1.0)
     amount = ("tokens", int(tokens.lengths.sum()))
     with runs.locked(run):
@@ -555,12 +536,10 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
             loop = (per_epoch, batches, take_step, sums, rates, evaluate)
             engine.train(run, flags, network, optimizer, *loop, amount=amount)
             # As `engine.save_logits` writes them of images, in fp32: φ needs all bits of the logits.
-            train = data.splits["train"]
-            arrays = dict(train_labels=train.labels, train_clean_labels=train.clean, train_index=data.index)
+            arrays = dict(train_clean_labels=data.splits["train"].clean, train_index=data.index)
             for key, split in data.splits.items():
-                if key not in final:  # a run that was finished but for this has evaluated nothing
-                    final[key] = logits_of(network, model.tokens[key])
-                arrays[f"{key}_logits"], arrays[f"{key}_labels"] = final[key].numpy(), split.labels
+                arrays[f"{key}_logits"] = logits_of(network, model.tokens[key]).numpy()
+                arrays[f"{key}_labels"] = split.labels
             runs.write_npz(run / "logits.npz", arrays)
 
 
@@ -574,9 +553,6 @@ def logits_of(network, tokens, precision="fp32"):
     with engine.autocast(device.type, precision):
         logits = torch.cat([network(**tokens.batch(index)).logits.float() for index in order.split(batch)])
     return logits.cpu()[order.argsort()]
-
-
-# ---------------------------------------------------------------- scores
 
 
 def scores(predicted, labels, resamples):
@@ -595,8 +571,8 @@ def scores(predicted, labels, resamples):
 def report_scores(folders, data, args):
     """Write and print glue.json and glue.md, every network's scores in percent, and what can be claimed of them.
 
-    folders: {network: run folder} of each seed. Claims: on the task's own score where that is not accuracy, and for the
-    embedded task on the best accuracy that its labels allow.
+    folders: {network: run folder} of each seed. Claims: of the score where that is not accuracy, and of the best
+    accuracy that the labels of the embedded task allow.
     """
     names, draws, rows = METRICS.get(data.facts["name"], ["acc"]), {}, []
     for network in folders[0]:
@@ -627,9 +603,6 @@ def report_scores(folders, data, args):
             found.append(claims.claim(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
     if found:
         claims.save_claims(args.results, found, over)
-
-
-# ---------------------------------------------------------------- main
 
 
 def parse(argv):
@@ -674,8 +647,7 @@ def parse(argv):
     args.student = list(dict.fromkeys(args.student))
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
-        what = f"two of {', '.join(sorted(names))} end alike, and their run folders are named by that"
-        raise InputError(f"{what}: rename one folder")
+        raise InputError(f"two of {', '.join(sorted(names))} end alike, which names their run folders: rename one")
     args.device = engine.use_device(args.device)
     if args.precision == "auto":
         # The embedded task's numbers stay the same on every CPU.
@@ -686,16 +658,6 @@ def parse(argv):
     if args.results == parser.get_default("results"):
         args.results = Path(f"results/glue-{task}")
     return args
-
-
-def run_folders(args, seed):
-    """{network: run folder} of one seed; networks: "teacher", and "<student> onehot" and "<student> kd" of each."""
-    teacher = Path(args.teacher).name
-    folders = {"teacher": Path(f"{args.out}-{teacher}-teacher-s{seed}")}
-    for student in args.student:
-        folders[f"{student} onehot"] = Path(f"{args.out}-{Path(student).name}-onehot-s{seed}")
-        folders[f"{student} kd"] = Path(f"{args.out}-{teacher}-{Path(student).name}-kd-s{seed}")
-    return folders
 
 
 def main(argv=None):
@@ -713,14 +675,19 @@ def main(argv=None):
     if not args.train_only:
         args.results.mkdir(parents=True, exist_ok=True)
 
-    one_hot = common.one_hot_flags(args)
-    folders = [run_folders(args, seed) for seed in args.seeds]
-    for seed, run in zip(args.seeds, folders, strict=True):
+    one_hot, teacher = common.one_hot_flags(args), Path(args.teacher).name
+    folders = []  # of each seed {network: run folder}
+    for seed in args.seeds:
+        run = dict(teacher=Path(f"{args.out}-{teacher}-teacher-s{seed}"))
         train_text(run["teacher"], models[args.teacher], one_hot, "teacher", seed, data)
         teacher_logits = runs.read_npz(run["teacher"] / "logits.npz", ["train_logits"])["train_logits"]
         for student in args.student:
-            train_text(run[f"{student} onehot"], models[student], one_hot, "student", seed, data)
-            train_text(run[f"{student} kd"], models[student], args, "student", seed, data, teacher_logits)
+            control, distilled = f"{student} onehot", f"{student} kd"
+            run[control] = Path(f"{args.out}-{Path(student).name}-onehot-s{seed}")
+            run[distilled] = Path(f"{args.out}-{teacher}-{Path(student).name}-kd-s{seed}")
+            train_text(run[control], models[student], one_hot, "student", seed, data)
+            train_text(run[distilled], models[student], args, "student", seed, data, teacher_logits)
+        folders.append(run)
     if args.train_only:
         return
 

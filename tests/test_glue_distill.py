@@ -57,9 +57,8 @@ def texts(tmp_path_factory):
 def parsed_score(text):
     """The score of an embedded review, read off its words: a second, plain implementation of its documented rules."""
     strength = {}
-    for sign, words in ((1, glue_distill.GOOD), (-1, glue_distill.BAD)):
-        for points, group in words.items():
-            strength |= {word: sign * points for word in group}
+    for points, adjectives in glue_distill.ADJECTIVES.items():
+        strength.update(dict.fromkeys(adjectives, points))
 
     def clause(words):
         score = next(strength[word] for word in words if word in strength)
@@ -116,7 +115,6 @@ def write_glue(root, task, n=24):
 def test_glue_files_are_read_with_their_quirks(task, tmp_path):
     folder = write_glue(tmp_path, task)
     data = glue_distill.load_task(task, tmp_path)
-    (tmp_path / "below").mkdir()
     shutil.copytree(folder, tmp_path / "below" / "glue" / folder.name)  # where GLUE's folders have one of their own
     assert glue_distill.load_task(task, tmp_path / "below").facts == data.facts
     train, labels = data.splits["train"], GLUE_ROWS[task][2]
@@ -134,16 +132,13 @@ def test_glue_files_are_read_with_their_quirks(task, tmp_path):
             glue_distill.load_task(task, tmp_path)
 
 
-HUB_COLUMNS = dict(
-    cola="sentence", sst2="sentence", mrpc="sentence1 sentence2", rte="sentence1 sentence2"
-)  # as published
+HUB_COLUMNS = dict(cola="sentence", sst2="sentence", mrpc="sentence1 sentence2", rte="sentence1 sentence2")
 HUB_COLUMNS.update(qnli="question sentence", qqp="question1 question2", mnli="premise hypothesis", text="text")
 
 
 @pytest.mark.parametrize("task", [*GLUE_ROWS, "imdb", "ag_news"])
 def test_without_local_files_a_task_comes_from_the_hub(task, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-
     config = None if task in ("imdb", "ag_news") else task.replace("-", "")
     repository = dict(imdb="stanfordnlp/imdb", ag_news="fancyzhx/ag_news").get(task, "nyu-mll/glue")
     columns = HUB_COLUMNS[config or "text"].split()
@@ -170,7 +165,7 @@ def test_subsets_of_texts_are_nested_and_keep_their_positions(tmp_path):
 
 
 def load_csv(path, content, **columns):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_bytes(content.encode())
     return glue_distill.load_task(f"csv:{path}", columns=columns)
 
 
@@ -199,7 +194,7 @@ def test_csv_files_and_folders_load(tmp_path):
     with pytest.raises(runs.InputError, match="text2"):
         glue_distill.load_task("imdb", tmp_path)
     (tmp_path / "imdb" / "test.csv").write_text("text,label\n" + "a,2\nb,10\nc,7\n" * 9)
-    with pytest.raises(runs.InputError, match="the label '7' is in no training text"):
+    with pytest.raises(runs.InputError, match="the label '7' is in no training text"):  # a regression target's, too
         glue_distill.load_task("imdb", tmp_path)
 
 
@@ -242,13 +237,6 @@ def test_a_text_that_comes_twice_is_in_one_split_or_counted(tmp_path, capsys):
     assert "10 of the 40 test texts are among the training texts too" in capsys.readouterr().out
 
 
-def test_csv_labels_that_are_a_regression_target_are_refused_by_that_name(tmp_path):
-    with pytest.raises(runs.InputError, match="regression target.*26 different numbers"):
-        load_csv(tmp_path / "sts.csv", table([k % 26 / 5 for k in range(200)]))
-    assert load_csv(tmp_path / "ids.csv", table([k % 26 for k in range(400)])).facts["classes"] == 26
-    assert load_csv(tmp_path / "halves.csv", table([k % 9 / 2 for k in range(200)])).facts["classes"] == 9
-
-
 ROWS = [f'"text {k}",{k % 2}' for k in range(60)]
 
 
@@ -262,11 +250,7 @@ ROWS = [f'"text {k}",{k % 2}' for k in range(60)]
         ({7: '0,"text 7', 8: '1,text 8",1'}, 9, "has 3"),
         ({7: '"so-called" text,1'}, 9, "close the quote"),
         ({7: f"{'long ' * 30_000},1"}, 9, "shorten"),
-        (
-            {3: '"two\nlines, in a cell",1', 7: "text 7;1"},
-            10,
-            "must have 2 columns (it has 1)",
-        ),  # counted in lines of the file
+        ({3: '"two\nlines, in a cell",1', 7: "text 7;1"}, 10, "must have 2 columns (it has 1)"),  # lines of the file
         ({7: "text 7,1,"}, 9, "has 3"),
         ({7: "text 7, "}, 9, "a text and a label"),
         ({7: " ,1"}, 9, "a text and a label"),
@@ -296,17 +280,16 @@ def test_cells_of_several_lines_blank_lines_and_doubled_quotes_are_read_as_they_
 
 def test_batches_cover_every_text_once_by_key_and_pad_less_than_random_ones():
     lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(0))
-    plan = glue_distill.length_batches(lengths, 16, "student", 0, 4)
+    keys = [("student", 0, 4), ("student", 0, 4), ("teacher", 0, 4), ("student", 1, 4), ("student", 0, 5)]
+    plan, again, *others = (glue_distill.length_batches(lengths, 16, *key) for key in keys)
     assert sorted(torch.cat(plan).tolist()) == list(range(1003)) and len(plan) == 63
+    assert all(torch.equal(a, b) for a, b in zip(plan, again, strict=True))
+    assert not any(torch.equal(torch.cat(plan), torch.cat(other)) for other in others)
 
     def padded(plan):
         return sum(len(index) * int(lengths[index].max()) for index in plan)
 
     assert padded(plan) < 1.1 * int(lengths.sum()) < padded(torch.randperm(1003).split(16))
-    again = glue_distill.length_batches(lengths, 16, "student", 0, 4)
-    assert all(torch.equal(a, b) for a, b in zip(plan, again, strict=True))
-    for other in (("teacher", 0, 4), ("student", 1, 4), ("student", 0, 5)):
-        assert not torch.equal(torch.cat(plan), torch.cat(glue_distill.length_batches(lengths, 16, *other)))
     means = [lengths[index].double().mean().item() for index in plan]
     assert np.corrcoef(means[:-1], means[1:])[0, 1] < 0.5  # long and short batches are mixed
 
@@ -374,10 +357,8 @@ def test_text_runs_hold_what_was_trained_and_teach_from_their_stored_logits(text
     starts = [config["facts"]["initial_sha256"] for config in (runs.read_config(run), kd, onehot)]
     assert starts[1] == starts[2] != starts[0]
     # Of these earlier runs are known, too: with one more or less none would count as finished.
-    names = (
-        "arch lr epochs batch_size warmup precision device overwrite quiet ce_weight kd_weight temperature label_noise"
-    )
-    assert set(kd["flags"]) == set(onehot["flags"]) == set(names.split())
+    names = {*"arch lr epochs batch_size warmup precision device overwrite quiet label_noise".split()}
+    assert kd["flags"].keys() == onehot["flags"].keys() == names | {"ce_weight", "kd_weight", "temperature"}
     assert kd["facts"].keys() >= {"tokens_sha256", "initial_sha256", "max_length", "vocabulary"}
 
 
@@ -415,18 +396,19 @@ def save_pretrained(folder, family, names=None):
     torch.manual_seed(5)
     if family == "roberta":
         tokenizer = glue_distill.byte_level_bpe(words, 400)
-        config = transformers.RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, **shape)
+        shape["type_vocab_size"] = 1
     else:
         pieces = BertWordPieceTokenizer()
         pieces.train_from_iterator(words, vocab_size=400, show_progress=False)
         folder.mkdir(parents=True)
         pieces.save_model(str(folder))
         tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-        config = transformers.BertConfig(vocab_size=len(tokenizer), **shape)
-    kind = "ForSequenceClassification" if names else "ForMaskedLM"
+    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape)
+    kind = transformers.AutoModelForMaskedLM
     if names:
+        kind = transformers.AutoModelForSequenceClassification
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
-    model = getattr(transformers, {"roberta": "Roberta", "bert": "Bert"}[family] + kind)(config)
+    model = kind.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -466,14 +448,12 @@ def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, lost, uninte
     with pytest.raises(MemoryError if kind == "crash" else SystemExit) as stopped:
         language(*DROPOUT)
     assert kind == "crash" or stopped.value.code == 130
-    language(*DROPOUT)
+    for _ in range(2):  # the second time all runs are finished
+        language(*DROPOUT)
     for name in ("roberta-teacher", "roberta-onehot", "roberta-roberta-kd"):
         assert same_run(run_of(name), run_of(name, 0, uninterrupted)), name
-    # A crash costs the steps since the last save, a signal none; finished runs are left alone.
-    assert len(calls) == 30 + lost
-    done = {run: hashes(run) for run in Path("runs").iterdir()}
-    language(*DROPOUT)
-    assert done == {run: hashes(run) for run in Path("runs").iterdir()} and not Path("results").exists()
+    assert len(calls) == 30 + lost  # a crash costs the steps since the last save, a signal none
+    assert not Path("results").exists()
 
 
 def test_precision_is_chosen_by_the_processor_but_fp32_for_the_embedded_task(monkeypatch):
@@ -579,6 +559,9 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
     Path("wordless").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(f"other/{name}", f"wordless/{name}")
+    save_pretrained(tmp_path / "evil", "roberta")
+    Path("evil/model.safetensors").unlink()
+    torch.save({"roberta.embeddings.word_embeddings.weight": Malicious()}, "evil/pytorch_model.bin")
     taught = run_of("1x16-teacher", 0, texts)
     cases = [
         (["--task", "sst2x"], "unknown --task", "sst-2"),
@@ -589,39 +572,26 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
         (["--task", "rte", "--text-column", "opinion"], "--text-column", "csv:PATH"),
         (["--task", "csv:absent.csv"], "absent.csv"),
         (["--subset", 9999], "--subset 9999", "4000"),
-        (["--teacher", "mixed"], "another family"),
+        (["--teacher", "mixed"], "another model"),
         (["--teacher", "other", "--max-length", 64], "--max-length 64", "42"),
         (["--teacher", "roberta-base"], "roberta-base", "vocab.json"),
         (["--teacher", "./absent"], "./absent", "folder"),
         (["--teacher", "9" * 50 + "x16"], "LAYERSxHIDDEN"),
-        (["--teacher", "swapped"], "lacks the weights"),
+        (["--teacher", "swapped"], "swapped lacks", "config.json"),
+        (["--teacher", "evil"], "model evil cannot be read"),
         (["--teacher", "wordless"], "tokenizer", "vocab.json"),
         (["--teacher", "x/m", "--student", "y/m"], "end alike"),
         (["--kd-weight", 0], "--kd-weight 0"),
-        (["--seeds", 1, 1], "twice"),
     ]
     for flags, *words in cases:
         line = input_error(glue_distill, *LANGUAGE, *flags)
         assert all(word in line for word in words), line
+    assert not Path("ran").exists()  # no code of a model's weights
     monkeypatch.chdir(texts)
     before = hashes(taught)
-    line = input_error(glue_distill, *LANGUAGE, "--epochs", 3)
-    assert "other settings" in line and "epochs: 2 there, 3 now" in line and "--overwrite" in line
     line = input_error(glue_distill, *LANGUAGE, "--data-seed", 1)  # a teacher of other texts is none
     assert "data.data_seed: 0 there, 1 now" in line
     assert before == hashes(taught)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--lr", 1e38], ["--temperature", 1e-320], ["--temperature", 1e6, "--kd-weight", 1e38]]
-)
-def test_extreme_numbers_train_texts_or_say_why(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny = ["--subset", 40, "--student", "1x8", "--train-only"]
-    if valid_or_refused(lambda: language(*tiny, *flags) or "finished") is None:
-        assert "NaN" in input_error(glue_distill, *LANGUAGE, *tiny, *flags)
-    for file in Path("runs").rglob("checkpoint.pt"):
-        assert all(torch.isfinite(part.double()).all() for part in weights_of(file.parent).values())
 
 
 @pytest.mark.parametrize("task", ["cola", "sst-2", "qqp", "mnli"])
@@ -666,14 +636,3 @@ def test_a_damaged_saved_model_is_refused_or_read(name, tmp_path):
         file.write_bytes(damaged(good, random.Random(seed)))
         logits = valid_or_refused(read)
         assert logits is None or logits.shape == (20, 2)
-
-
-def test_a_malicious_saved_model_never_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_pretrained(tmp_path / "model", "roberta")
-    Path("model/model.safetensors").unlink()
-    evil = {"roberta.embeddings.word_embeddings.weight": Malicious()}
-    torch.save(evil, "model/pytorch_model.bin")
-    line = input_error(glue_distill, *LANGUAGE, "--teacher", "model")
-    assert "model model cannot be read" in line
-    assert not Path("ran").exists()
