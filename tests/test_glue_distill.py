@@ -194,12 +194,19 @@ def test_csv_files_and_folders_load(tmp_path):
     with pytest.raises(runs.InputError, match="text2"):
         glue_distill.load_task("imdb", tmp_path)
     (tmp_path / "imdb" / "test.csv").write_text("text,label\n" + "a,2\nb,10\nc,7\n" * 9)
-    with pytest.raises(runs.InputError, match="the label '7' is in no training text"):  # a regression target's, too
+    with pytest.raises(runs.InputError, match="the label '7' is in no training text"):
         glue_distill.load_task("imdb", tmp_path)
 
 
 def table(labels):
     return "\n".join(["text,label", *(f"text {k},{label}" for k, label in enumerate(labels))])
+
+
+def test_csv_labels_that_are_a_regression_target_are_refused_by_that_name(tmp_path):
+    with pytest.raises(runs.InputError, match="regression target.*26 different numbers"):
+        load_csv(tmp_path / "sts.csv", table([k % 26 / 5 for k in range(200)]))
+    assert load_csv(tmp_path / "ids.csv", table([k % 26 for k in range(400)])).facts["classes"] == 26
+    assert load_csv(tmp_path / "halves.csv", table([k % 9 / 2 for k in range(200)])).facts["classes"] == 9
 
 
 def test_csv_labels_that_are_equal_numbers_are_one_class_and_counts_are_printed(tmp_path, capsys):
