@@ -6,6 +6,7 @@ networks of common.py. To change a loss, a model or a dataset you need not read 
 
 import io
 import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -595,6 +596,22 @@ def train_images(
 
     train(run, args, model, optimizer, per_epoch, batches, step, sums, rates, evaluate, snapshots, start)
     save_logits(run, model, data)
+
+
+def check_folders(planned, args, data):
+    """InputError, before hours of training, when one of the planned run folders holds a run of other flags or data.
+
+    planned: {run folder: (role, seed, flags)}. What a run's teacher and loss are is compared when its turn comes.
+    """
+    for run, (role, seed, flags) in planned.items():
+        if args.overwrite or not (Path(run) / "config.json").exists():
+            continue
+        adders = [common.add_flags] if role == "teacher" else [common.add_flags, common.add_student_flags]
+        known = dict(vars(common.only_flags(flags, *adders)), label_noise=data.facts["label_noise"])
+        if role == "student" and not flags.kd_weight:
+            known["temperature"] = None
+        known = json.loads(json.dumps(known))
+        runs.refuse_other(run, dict(role=role, seed=seed, flags=known, data=data.facts))
 
 
 def train_teacher(run, args, seed, data, snapshots=None):

@@ -542,20 +542,26 @@ def start_run(run, args, role, seed, data, model, **facts):
         discard(run, role)
         write_json(path, config)
         return True
-    before = read_config(run)
-    before["flags"] = {**{key: Parser.defaults.get(key) for key in flags}, **before["flags"]}
-    before["facts"].setdefault("loss", facts.get("loss"))  # which earlier versions did not note down
-    pairs = []
-    for key in ("role", "seed", "flags", "data", "facts"):
-        pairs += _differences({key: before.get(key)}, {key: config[key]})
-    differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
-    if differing:
-        fix = "choose another --out, or discard it with --overwrite"
-        raise InputError(f"{run} holds a run with other settings ({'; '.join(differing)}): {fix}")
+    refuse_other(run, config)
     finished = (run / "logits.npz").exists()
     if finished and not args.quiet:
         print(f"{run} is finished already; --overwrite would train it again")
     return not finished
+
+
+def refuse_other(run, config):
+    """InputError when the run folder `run` holds a run of another `config`: of those of its parts that are given."""
+    before, pairs = read_config(run), []
+    before["flags"] = {**{key: Parser.defaults.get(key) for key in config["flags"]}, **before["flags"]}
+    if "facts" in config:  # earlier versions did not note down the loss
+        before["facts"].setdefault("loss", config["facts"].get("loss"))
+    for key in ("role", "seed", "flags", "data", "facts"):
+        if key in config:
+            pairs += _differences({key: before.get(key)}, {key: config[key]})
+    differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
+    if differing:
+        fix = "choose another --out, or discard it with --overwrite"
+        raise InputError(f"{run} holds a run with other settings ({'; '.join(differing)}): {fix}")
 
 
 def _differences(before, after, prefix=""):

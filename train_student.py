@@ -30,11 +30,12 @@ def main(argv=None):
         what = "kd+ce" if args.ce_weight else "kd"
     data = common.data_from(args)
     kept = common.snapshot_steps(args, data)
-    for seed in args.seeds:
+    folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-{what}") for seed in args.seeds}
+    engine.check_folders({run: ("student", seed, args) for seed, run in folders.items()}, args, data)
+    for seed, run in folders.items():
         teacher, loss_fn = None, common.one_hot_loss
         if args.kd_weight:
             teacher, loss_fn = engine.open_teacher(args, seed, data), common.student_loss
-        run = runs.run_folder(args, seed, f"{runs.default_name(args)}-{what}")
         engine.train_student(run, args, seed, data, loss_fn, teacher, snapshots=kept)
 
 

@@ -17,8 +17,9 @@ def main(argv=None):
     common.add_flags(parser)
     args = engine.resolve(parser.parse_args(argv))
     data = common.data_from(args)
-    for seed in args.seeds:
-        run = runs.run_folder(args, seed, f"{runs.default_name(args)}-teacher")
+    folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-teacher") for seed in args.seeds}
+    engine.check_folders({run: ("teacher", seed, args) for seed, run in folders.items()}, args, data)
+    for seed, run in folders.items():
         engine.train_teacher(run, args, seed, data)  # cross-entropy on the labels
 
 

@@ -53,7 +53,7 @@ def test_a_patch_works_in_a_copy_of_one_script_and_the_shared_files(name, patch,
     losses = [(run / "metrics.jsonl").read_text().splitlines()[-1] for run in (tmp_path / "r", old)]
     assert json.loads(losses[0])["train_loss"] > json.loads(losses[1])["train_loss"]
     shutil.copytree(old, tmp_path / "kd")
-    one_line_error(run("--out", "kd"), "other settings", "loss")
+    one_line_error(run("--out", "kd"), "other settings", "logit_weight" if name == "logit loss" else "facts.loss")
     if name == "feature loss":
         one_line_error(run("--arch", "mlp", "--out", "never"), "needs `features` in both networks")
         assert not (tmp_path / "never").exists()

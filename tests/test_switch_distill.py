@@ -12,6 +12,7 @@ from helpers import (
     hashes,
     input_error,
     ok,
+    refused,
     run_cli,
     same_run,
     weights_and_metrics,
@@ -231,3 +232,12 @@ def test_bad_switches_get_one_line_and_discard_nothing(tiny_runs, here):
     with pytest.raises(SystemExit):
         call(switch_distill, *over, "--direction", "sideways")
     assert {run: hashes(run) for run in here.glob("x-*")} == before and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("module, flags", [(switch_distill, []), (train_student, ["--kd-weight", 0, "--ce-weight", 1])])
+def test_all_run_folders_are_compared_before_the_first_training(module, flags, tiny_runs, here):
+    shutil.copytree(tiny_runs / "runs" / "onehot-s1", "x-onehot-s1")
+    out = "x" if module is switch_distill else "x-onehot-s{seed}"
+    line = refused(module, *TINY, *flags, "--seeds", 0, 1, "--out", out, "--epochs", 3)
+    assert "x-onehot-s1 holds a run with other settings (flags.epochs: 2 there, 3 now" in line
+    assert [path.name for path in here.glob("x*")] == ["x-onehot-s1"]
