@@ -20,11 +20,13 @@ from helpers import (
 )
 
 import claims
+import denoise_gradients
 import engine
 import runs
 import switch_distill
 import train_student
 import train_teacher
+import when_it_pays
 
 FOUR = [*TINY, "--epochs", "4", "--snapshot-at"]  # no states but those of the switches
 SWITCH = [*FOUR, "--switch-at", "0", "0.3", "0.5", "1", "--bootstrap", "100"]  # 16 steps; 0.3 is inside epoch 2
@@ -234,10 +236,12 @@ def test_bad_switches_get_one_line_and_discard_nothing(tiny_runs, here):
     assert {run: hashes(run) for run in here.glob("x-*")} == before and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("module, flags", [(switch_distill, []), (train_student, ["--kd-weight", 0, "--ce-weight", 1])])
-def test_all_run_folders_are_compared_before_the_first_training(module, flags, tiny_runs, here):
+@pytest.mark.parametrize("module", [switch_distill, when_it_pays, denoise_gradients, train_student])
+def test_all_run_folders_are_compared_before_the_first_training(module, tiny_runs, here):
     shutil.copytree(tiny_runs / "runs" / "onehot-s1", "x-onehot-s1")
-    out = "x" if module is switch_distill else "x-onehot-s{seed}"
+    out, flags = "x", []
+    if module is train_student:
+        out, flags = "x-onehot-s{seed}", ["--kd-weight", 0, "--ce-weight", 1]
     line = refused(module, *TINY, *flags, "--seeds", 0, 1, "--out", out, "--epochs", 3)
     assert "x-onehot-s1 holds a run with other settings (flags.epochs: 2 there, 3 now" in line
     assert [path.name for path in here.glob("x*")] == ["x-onehot-s1"]
