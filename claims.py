@@ -213,6 +213,8 @@ def decimal(number, scale=1.0, digits=3):
 def cell(measured, scale=1.0, digits=3):
     """`value [low, high]` of a dict with these keys, as text."""
     value, low, high = (decimal(measured[key], scale, digits) for key in ("value", "low", "high"))
+    if low == high == "?":  # of one seed, or of a ratio to what may be 0
+        return f"{value} (no interval)"
     return f"{value} [{low}, {high}]"
 
 

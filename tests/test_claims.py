@@ -76,7 +76,7 @@ def test_an_undefined_statistic_has_an_undefined_interval_and_valid_json(tmp_pat
     runs.write_json(tmp_path / "x.json", dict(interval, more=[float("inf"), 1.5]))
     found = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: 1 / 0)
     assert found == dict(value=1.0, low=None, high=None, seeds=[1.0], more=[None, 1.5])
-    assert claims.cell(found) == "1.000 [?, ?]"
+    assert claims.cell(found) == "1.000 (no interval)"
 
 
 @pytest.mark.parametrize(
