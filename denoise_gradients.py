@@ -476,14 +476,7 @@ def main(argv=None):
     data = common.data_from(args)
     (args.results / "seeds").mkdir(parents=True, exist_ok=True)
 
-    planned = {}
-    for seed in args.seeds:
-        folders = run_folders(args, seed)
-        if not args.teacher and not args.teacher_logits:
-            planned[folders["teacher"]] = ("teacher", seed, args)
-        planned[folders["onehot"]] = ("student", seed, common.one_hot_flags(args))
-        planned[folders["kd"]] = ("student", seed, args)
-    engine.check_folders(planned, args, data)
+    engine.check_folders([run_folders(args, seed) for seed in args.seeds], args, data)
     found = [measure_seed(args, seed, data) for seed in args.seeds]
     if args.train_only:
         return

@@ -6,7 +6,6 @@ networks of common.py. To change a loss, a model or a dataset you need not read 
 
 import io
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -598,32 +597,36 @@ def train_images(
     save_logits(run, model, data)
 
 
-def check_folders(planned, args, data):
-    """InputError, before hours of training, when one of the planned run folders holds a run of other flags or data.
+def check_folders(networks, args, data):
+    """InputError, before hours of training, when a run folder that will be trained holds a run of other flags or data.
 
-    planned: {run folder: (role, seed, flags)}. What a run's teacher and loss are is compared when its turn comes.
+    networks: for each of args.seeds its folders {"teacher", "onehot" (the control), "kd" or "student": run folder}; a
+    given teacher is not trained. What a run's teacher and loss are is compared when its turn comes.
     """
-    for run, (role, seed, flags) in planned.items():
-        if args.overwrite or not (Path(run) / "config.json").exists():
-            continue
-        adders = [common.add_flags] if role == "teacher" else [common.add_flags, common.add_student_flags]
-        known = dict(vars(common.only_flags(flags, *adders)), label_noise=data.facts["label_noise"])
-        if role == "student" and not flags.kd_weight:
-            known["temperature"] = None
-        known = json.loads(json.dumps(known))
-        runs.refuse_other(run, dict(role=role, seed=seed, flags=known, data=data.facts))
+    given = vars(args).get("teacher") or vars(args).get("teacher_logits")
+    for seed, folders in zip(args.seeds, networks, strict=True):
+        for name in ("teacher", "onehot", "kd", "student"):
+            absent = name not in folders or not (Path(folders[name]) / "config.json").exists()
+            if args.overwrite or absent or name == "teacher" and given:
+                continue
+            role, adders = "student", [common.add_flags, common.add_student_flags]
+            if name == "teacher":
+                role, adders = "teacher", [common.add_flags]
+            flags = common.only_flags(common.one_hot_flags(args) if name == "onehot" else args, *adders)
+            if role == "student" and not flags.kd_weight:
+                flags.temperature = None
+            known = runs.flags_of(flags, data)
+            runs.refuse_other(folders[name], dict(role=role, seed=seed, flags=known, data=data.facts))
 
 
-def train_teacher(run, args, seed, data, snapshots=None):
+def train_teacher(run, args, seed, data):
     """Train a teacher on one-hot labels in the folder `run`, unless it is finished; args: all flags of a script."""
-    args = common.only_flags(args, common.add_flags)
-    loss_fn = common.one_hot_loss
-    if snapshots is None:
-        snapshots = common.snapshot_steps(args, data)
+    args, loss_fn = common.only_flags(args, common.add_flags), common.one_hot_loss
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
     with runs.locked(run):
         if runs.start_run(run, args, "teacher", seed, data, model, loss=runs.source_of(loss_fn)):
-            train_images(run, model, data, args, "teacher", seed, loss_fn, snapshots=snapshots)
+            kept = common.snapshot_steps(args, data)
+            train_images(run, model, data, args, "teacher", seed, loss_fn, snapshots=kept)
 
 
 def train_student(run, args, seed, data, loss_fn, teacher=None, weights_at=None, snapshots=(), start=None, **facts):

@@ -521,8 +521,7 @@ def start_run(run, args, role, seed, data, model, **facts):
     the teacher of this one. `facts` go into config.json and are compared like the flags.
     """
     run = Path(run)
-    flags = json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
-    config = dict(role=role, seed=seed, arch=args.arch, flags=flags, data=data.facts, facts=facts)
+    config = dict(role=role, seed=seed, arch=args.arch, flags=flags_of(args, data), data=data.facts, facts=facts)
     parameters = sum(p.numel() for p in model.parameters())
     config.update(parameters=parameters, command=command_line(), versions=versions())
     for leftover in run.glob(".*.tmp"):  # of a run that was killed while it wrote
@@ -547,6 +546,11 @@ def start_run(run, args, role, seed, data, model, **facts):
     if finished and not args.quiet:
         print(f"{run} is finished already; --overwrite would train it again")
     return not finished
+
+
+def flags_of(args, data):
+    """The flags of a run as config.json gives them back, with the label noise that they come to."""
+    return json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
 
 
 def refuse_other(run, config):

@@ -276,14 +276,7 @@ def main(argv=None):
     if not args.train_only:
         args.results.mkdir(parents=True, exist_ok=True)
     base = args.out or f"runs/{runs.default_name(args)}"
-    planned = {}
-    for seed in args.seeds:
-        folders = run_folders(base, args, seed)
-        if not args.teacher and not args.teacher_logits:
-            planned[folders["teacher"]] = ("teacher", seed, args)
-        planned[folders["onehot"]] = ("student", seed, common.one_hot_flags(args))
-        planned[folders["kd"]] = ("student", seed, args)
-    engine.check_folders(planned, args, data)
+    engine.check_folders([run_folders(base, args, seed) for seed in args.seeds], args, data)
     folders = [train_seed(base, args, seed, data) for seed in args.seeds]
     if args.train_only:
         return

@@ -31,7 +31,7 @@ def main(argv=None):
     data = common.data_from(args)
     kept = common.snapshot_steps(args, data)
     folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-{what}") for seed in args.seeds}
-    engine.check_folders({run: ("student", seed, args) for seed, run in folders.items()}, args, data)
+    engine.check_folders([dict(student=run) for run in folders.values()], args, data)
     for seed, run in folders.items():
         teacher, loss_fn = None, common.one_hot_loss
         if args.kd_weight:

@@ -18,7 +18,7 @@ def main(argv=None):
     args = engine.resolve(parser.parse_args(argv))
     data = common.data_from(args)
     folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-teacher") for seed in args.seeds}
-    engine.check_folders({run: ("teacher", seed, args) for seed, run in folders.items()}, args, data)
+    engine.check_folders([dict(teacher=run) for run in folders.values()], args, data)
     for seed, run in folders.items():
         engine.train_teacher(run, args, seed, data)  # cross-entropy on the labels
 

@@ -167,12 +167,10 @@ def main(argv=None):
     shares = {share: round(share * total) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     base = args.out or f"runs/{runs.default_name(args)}"
-    planned = {}
+    networks = []
     for seed in args.seeds:
-        planned[Path(f"{base}-teacher-s{seed}")] = ("teacher", seed, args)
-        planned[Path(f"{base}-onehot-s{seed}")] = ("student", seed, common.one_hot_flags(args))
-        planned[Path(f"{base}-kd-s{seed}")] = ("student", seed, args)
-    engine.check_folders(planned, args, data)
+        networks.append({name: f"{base}-{name}-s{seed}" for name in ("teacher", "onehot", "kd")})
+    engine.check_folders(networks, args, data)
     trained = [train_seed(base, args, seed, data, shares) for seed in args.seeds]
     if args.train_only:
         return
