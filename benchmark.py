@@ -24,15 +24,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 import claims
 import common
 import engine
 import runs
 from runs import InputError, number
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 TEMPERATURE = 4.0
 WORKERS = (0, 1, 2, 8)  # of the peers' DataLoader

@@ -9,10 +9,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import runs
+
 import numpy as np
 from scipy.special import stdtrit  # Student's t; scipy.stats takes a second to import
-
-import runs
 
 # ---------------------------------------------------------------- intervals
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import runs
+from runs import InputError, number
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy import special
 from tqdm import tqdm
-
-import runs
-from runs import InputError, number
 
 # ---------------------------------------------------------------- random streams
 

@@ -15,19 +15,19 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from scipy import stats
-from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
-
 import claims
 import common
 import deviation
 import engine
 import runs
 from runs import InputError, number
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
 
 # T²·CE(q, softmax(z/T)), where q is the training label and T = 1; softmax(teacher/T); or, as the control for softness
 # alone, the label smoothed until its entropy is the teacher's mean entropy at T.
@@ -95,9 +95,9 @@ def states_of(run, args, seed, data):
     for percent, file in files.items():
         if not file.exists():
             shares = " ".join(f"{percent / 100:g}" for percent in args.percents)
-            fix = f"train that run again with --overwrite --snapshot-at {shares}, or give another --out"
-            raise InputError(f"{file} does not exist: {fix}")
-        with runs.reading(file, f"it does not fit {args.arch}: train that run again with --overwrite"):
+            fix = runs.train_again(run, flags=f" --snapshot-at {shares}")
+            raise InputError(f"{file} does not exist: {fix}, or give another --out")
+        with runs.reading(file, f"it does not fit {args.arch}: {runs.train_again(run)}"):
             states[percent] = runs.load_checkpoint(file, data.device)["model"]
             model.load_state_dict(states[percent])
     return states

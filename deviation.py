@@ -9,13 +9,13 @@ one-hot network in the student's place, and the claim that counts is student aga
 
 from pathlib import Path
 
-import numpy as np
-from scipy.special import logsumexp
-from tqdm import tqdm
-
 import claims
 import runs
 from runs import InputError
+
+import numpy as np
+from scipy.special import logsumexp
+from tqdm import tqdm
 
 STATISTICS = {
     "slope": "slope of the least-squares fit of Y on X",

@@ -18,18 +18,18 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
 import claims
 import common
 import engine
 import runs
 from deviation import phi_of_class
 from runs import InputError, number
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- linear theory
 

@@ -10,14 +10,14 @@ import math
 import time
 from pathlib import Path
 
+import common
+import runs
+from runs import InputError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import common
-import runs
-from runs import InputError
 
 SAVE_SECONDS = 60  # a killed run loses at most that much; one that is interrupted saves first
 # Images of a forward without a step: more leave a CPU's cache, and take up to twice the time.
@@ -107,7 +107,7 @@ def load_teacher(run, data, step=None):
         if there != here:
             fix = "give both the same --data, --subset, --label-noise and --data-seed"
             raise InputError(f"teacher {run} was trained on data with {key} {there}, the student's has {here}: {fix}")
-    with runs.reading(f"{run}/config.json", "restore it, or train again with --overwrite"):
+    with runs.reading(f"{run}/config.json", runs.train_again(run)):
         arch, width = config["arch"], config["flags"]["width"]
         model = common.build_model(arch, data.classes, data.facts["image"], width)
     model = model.to(data.device)
@@ -116,8 +116,9 @@ def load_teacher(run, data, step=None):
     stopped = step is not None and step < last_step
     path = Path(run) / (f"snapshot-{step}.pt" if stopped else "checkpoint.pt")
     if stopped and not path.exists():
-        raise InputError(f"{path} does not exist: train it again with --overwrite --snapshot-at {step / last_step:g}")
-    with runs.reading(path, f"it does not fit {arch}: train that run again with --overwrite"):
+        fix = runs.train_again(run, flags=f" --snapshot-at {step / last_step:g}")
+        raise InputError(f"{path} does not exist: {fix}")
+    with runs.reading(path, f"it does not fit {arch}: {runs.train_again(run)}"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
     by_step = {line.get("step"): line.get("test_acc") for line in lines}
@@ -128,7 +129,7 @@ def load_teacher(run, data, step=None):
     tolerance = max(0.005 if stopped else 0.002, 2 / len(data.y_test)) + 1e-9
     if recorded is not None and not abs(measured - recorded) <= tolerance:
         what = f"teacher {run} has {100 * measured:.2f}% test accuracy here but recorded {100 * recorded:.2f}%"
-        raise InputError(f"{what}: its checkpoint or the data has changed; train it again")
+        raise InputError(f"{what}: its checkpoint or the data has changed; {runs.train_again(run)}")
     return model
 
 
@@ -606,8 +607,7 @@ def check_folders(networks, args, data):
     given = vars(args).get("teacher") or vars(args).get("teacher_logits")
     for seed, folders in zip(args.seeds, networks, strict=True):
         for name in ("teacher", "onehot", "kd", "student"):
-            absent = name not in folders or not (Path(folders[name]) / "config.json").exists()
-            if args.overwrite or absent or name == "teacher" and given:
+            if name not in folders or name == "teacher" and given:
                 continue
             role, adders = "student", [common.add_flags, common.add_student_flags]
             if name == "teacher":
@@ -615,8 +615,7 @@ def check_folders(networks, args, data):
             flags = common.only_flags(common.one_hot_flags(args) if name == "onehot" else args, *adders)
             if role == "student" and not flags.kd_weight:
                 flags.temperature = None
-            known = runs.flags_of(flags, data)
-            runs.refuse_other(folders[name], dict(role=role, seed=seed, flags=known, data=data.facts))
+            runs.check_planned(folders[name], flags, role, seed, data)
 
 
 def train_teacher(run, args, seed, data):

@@ -22,16 +22,16 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 import claims
 import common
 import deviation
 import engine
 import runs
 from runs import InputError, number
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------- texts and tokens
 
@@ -473,22 +473,41 @@ def build_classifier(model, key):
 # ---------------------------------------------------------------- training and scores
 
 
-def train_text(run, model, args, role, seed, data, teacher_logits=None):
-    """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
+def run_folders(args, seed):
+    """{network: run folder} of one seed: the teacher, and of each student its control and the distilled one."""
+    teacher = Path(args.teacher).name
+    folders = dict(teacher=Path(f"{args.out}-{teacher}-teacher-s{seed}"))
+    for student in args.student:
+        name = Path(student).name
+        folders[f"{student} onehot"] = Path(f"{args.out}-{name}-onehot-s{seed}")
+        folders[f"{student} kd"] = Path(f"{args.out}-{teacher}-{name}-kd-s{seed}")
+    return folders
 
-    The loss is ce_weight·CE of the labels, and with teacher_logits (float32 [n_train, C]) kd_weight·T²·KL beside it.
-    """
-    network = build_classifier(model, (role, seed)).to(args.device)
+
+def text_flags(model, args, distils):
+    """The flags of one run of `model`, filled in where they depend on it; one that does not distil is one-hot."""
     names = "batch_size warmup precision device overwrite quiet ce_weight kd_weight temperature".split()
     flags = SimpleNamespace(arch=model.name, **{name: getattr(args, name) for name in names})
     # Pretrained: within Liu et al. 2019, table 10. From scratch 1e-3 for tiny, inversely with the width above it.
     scratch = size_of(model.name) is not None
     flags.lr = args.lr or (min(1e-3, 0.064 / model.config.hidden_size) if scratch else 2e-5)
     flags.epochs = args.epochs or (6 if scratch else 3)
-    facts = dict(model.facts, initial_sha256=runs.weights_hash(network.state_dict()), teacher_sha256=None)
-    if teacher_logits is None:
+    if not distils:
+        flags = common.one_hot_flags(flags)
         flags.temperature = None  # one control serves all temperatures
-    else:
+    return flags
+
+
+def train_text(run, model, args, role, seed, data, teacher_logits=None):
+    """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
+
+    The loss is ce_weight·CE of the labels, and with teacher_logits (float32 [n_train, C]) kd_weight·T²·KL beside it;
+    without them it is CE alone.
+    """
+    network = build_classifier(model, (role, seed)).to(args.device)
+    flags = text_flags(model, args, teacher_logits is not None)
+    facts = dict(model.facts, initial_sha256=runs.weights_hash(network.state_dict()), teacher_sha256=None)
+    if teacher_logits is not None:
         facts["teacher_sha256"] = hashlib.sha256(teacher_logits.tobytes()).hexdigest()
         teacher_logits = torch.as_tensor(teacher_logits).to(args.device)
     tokens, labels = model.tokens["train"], torch.as_tensor(data.splits["train"].labels).to(args.device)
@@ -675,19 +694,19 @@ def main(argv=None):
     if not args.train_only:
         args.results.mkdir(parents=True, exist_ok=True)
 
-    one_hot, teacher = common.one_hot_flags(args), Path(args.teacher).name
-    folders = []  # of each seed {network: run folder}
-    for seed in args.seeds:
-        run = dict(teacher=Path(f"{args.out}-{teacher}-teacher-s{seed}"))
-        train_text(run["teacher"], models[args.teacher], one_hot, "teacher", seed, data)
+    folders = [run_folders(args, seed) for seed in args.seeds]
+    for seed, run in zip(args.seeds, folders, strict=True):
+        runs.check_planned(run["teacher"], text_flags(models[args.teacher], args, False), "teacher", seed, data)
+        for student in args.student:
+            for what in ("onehot", "kd"):
+                flags = text_flags(models[student], args, what == "kd")
+                runs.check_planned(run[f"{student} {what}"], flags, "student", seed, data)
+    for seed, run in zip(args.seeds, folders, strict=True):
+        train_text(run["teacher"], models[args.teacher], args, "teacher", seed, data)
         teacher_logits = runs.read_npz(run["teacher"] / "logits.npz", ["train_logits"])["train_logits"]
         for student in args.student:
-            control, distilled = f"{student} onehot", f"{student} kd"
-            run[control] = Path(f"{args.out}-{Path(student).name}-onehot-s{seed}")
-            run[distilled] = Path(f"{args.out}-{teacher}-{Path(student).name}-kd-s{seed}")
-            train_text(run[control], models[student], one_hot, "student", seed, data)
-            train_text(run[distilled], models[student], args, "student", seed, data, teacher_logits)
-        folders.append(run)
+            train_text(run[f"{student} onehot"], models[student], args, "student", seed, data)
+            train_text(run[f"{student} kd"], models[student], args, "student", seed, data, teacher_logits)
     if args.train_only:
         return
 

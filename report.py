@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import jinja2
-import numpy as np
-from PIL import Image
-
 import claims
 import deviation
 import runs
+
+import jinja2
+import numpy as np
+from PIL import Image
 
 # Stem of a figure's file, in the order of the page, and its caption. A folder's first figure shows its headlines.
 FIGURES = {

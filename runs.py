@@ -27,9 +27,13 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PosixPath, PurePosixPath
 
-import numpy as np
-import torch
-from filelock import FileLock, Timeout
+try:  # the seconds in which every command starts, for scripts import this file before any library
+    import numpy as np
+    import torch
+    from filelock import FileLock, Timeout
+except KeyboardInterrupt:
+    print("interrupted before anything was done")
+    raise SystemExit(130) from None
 
 # ---------------------------------------------------------------- errors
 
@@ -98,6 +102,8 @@ def interruptible():
 
 def exit_interrupted():
     """Say how to continue what was interrupted and saved, and exit 130."""
+    if "--overwrite" in sys.argv:
+        print("note: what --overwrite has not reached keeps its old runs, for the next line leaves it out")
     print(f"interrupted; continue with: {command_line()}")
     raise SystemExit(130)
 
@@ -206,7 +212,7 @@ def read_json(path):
 
 def read_npz(path, keys=None, optional=()):
     """{key: array} of an .npz: all of `keys` (None: of any), and of `optional` what it has; else InputError."""
-    with reading(path, "check the path, or make it again"):
+    with reading(path, train_again(Path(path).parent, "check the path, or make it again")):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys or ['arrays'])}")
@@ -245,7 +251,7 @@ def load_tensors(file, device="cpu"):
 
 def load_checkpoint(path, device="cpu"):
     """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn or has changed."""
-    with reading(path, "train that run again with --overwrite"):
+    with reading(path, train_again(Path(path).parent)):
         content = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip():  # torch.load does not compare the checksums that torch.save writes
@@ -259,7 +265,7 @@ def load_checkpoint(path, device="cpu"):
 def read_metrics(run):
     """All lines of a run's metrics.jsonl as dicts; InputError when one is missing or not what a run writes."""
     path = Path(run) / "metrics.jsonl"
-    with reading(path, "train that run again with --overwrite"):
+    with reading(path, train_again(run)):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         check_metrics(lines)
         if not lines:
@@ -278,7 +284,7 @@ def last_metrics(run):
     """The last line of a finished run's metrics.jsonl as a dict, with its test_acc; InputError when it has none."""
     last = read_metrics(run)[-1]
     if not isinstance(last.get("test_acc"), float):
-        raise InputError(f"{run}/metrics.jsonl ends without a test_acc: train that run again with --overwrite")
+        raise InputError(f"{run}/metrics.jsonl ends without a test_acc: {train_again(run)}")
     return last
 
 
@@ -545,7 +551,17 @@ def start_run(run, args, role, seed, data, model, **facts):
     finished = (run / "logits.npz").exists()
     if finished and not args.quiet:
         print(f"{run} is finished already; --overwrite would train it again")
+        there, here = read_config(run)["flags"], config["flags"]
+        for name in ("snapshot_at", "eval_every"):
+            if name in there and there[name] != here[name]:
+                print(f"{run}: --{name.replace('_', '-')} has no effect any more, it was {there[name]}")
     return not finished
+
+
+def check_planned(run, args, role, seed, data):
+    """InputError, before hours of training, when the folder `run` already holds a run of other flags `args` or data."""
+    if (Path(run) / "config.json").exists() and not args.overwrite:
+        refuse_other(run, dict(role=role, seed=seed, flags=flags_of(args, data), data=data.facts))
 
 
 def flags_of(args, data):
@@ -621,6 +637,14 @@ def read_config(run):
     if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in keys):
         raise InputError(f"{run}/config.json is not that of a run: restore it, or train again with --overwrite")
     return config
+
+
+def train_again(run, otherwise="train that run again", flags=""):
+    """What mends a file of the run folder `run`, for a message: its command with more `flags`, where it is known."""
+    # Without the folder rather than with --overwrite, which would train all seeds of the command again.
+    with suppress(InputError, KeyError):
+        return f"remove {run} and train it again with: {read_config(run)['command']}{flags}"
+    return otherwise
 
 
 def finished_config(run):

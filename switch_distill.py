@@ -15,15 +15,15 @@ Departure from the paper: its switch is gradual over about 1,000 steps; here it 
 
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 import claims
 import common
 import deviation
 import engine
 import runs
 from runs import InputError, number
+
+import numpy as np
+from tqdm import tqdm
 
 SWITCHES = {"onehot2kd": ("onehot", "kd"), "kd2onehot": ("kd", "onehot")}
 ARROWS = {"onehot2kd": "one-hot → KD", "kd2onehot": "KD → one-hot"}

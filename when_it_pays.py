@@ -15,15 +15,15 @@ Writes pays.png/.pdf, pays.json, pays.md and claims into --results.
 
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 import claims
 import common
 import deviation
 import engine
 import runs
 from runs import InputError, number
+
+import numpy as np
+from tqdm import tqdm
 
 # (split, kind, network, statistic) of `deviation.replicates`
 MEASURES = {
@@ -53,7 +53,7 @@ def train_seed(base, args, seed, data, shares):
     wanted = " ".join(f"{share:g}" for share in args.snapshot_at)
     for share, step in shares.items():
         if step < total and not (teacher_run / f"snapshot-{step}.pt").exists():
-            fix = f"train that run again with --overwrite --snapshot-at {wanted}"
+            fix = runs.train_again(teacher_run, flags=f" --snapshot-at {wanted}")
             raise InputError(f"{teacher_run} lacks its state at {share:g} of its training: {fix}")
     kept = common.snapshot_steps(args, data)  # of the runs that switch_distill.py goes on from
     engine.train_student(control, common.one_hot_flags(args), seed, data, common.one_hot_loss, snapshots=kept)

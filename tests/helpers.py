@@ -18,14 +18,14 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import engine
+import runs
+
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-import engine
-import runs
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = ["--epochs", "2", "--width", "0.25", "--subset", "300", "--quiet", "--device", "cpu"]

@@ -4,15 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
+import analyze_deviation
+import deviation
+import runs
+
 import numpy as np
 import pytest
 import scipy.special
 from helpers import finished, input_error, ok, run_cli, run_process
 from PIL import Image
-
-import analyze_deviation
-import deviation
-import runs
 
 
 def names_of(tiny_runs):

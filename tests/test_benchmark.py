@@ -3,13 +3,13 @@
 import statistics
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch.utils import collect_env
-
 import benchmark
 import engine
 import runs
+
+import pytest
+import torch
+from torch.utils import collect_env
 
 
 def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch, capsys):

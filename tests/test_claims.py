@@ -3,13 +3,13 @@
 import json
 import math
 
+import claims
+import runs
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.stats
-
-import claims
-import runs
 
 
 def test_seed_intervals_are_students_t():

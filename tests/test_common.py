@@ -16,6 +16,11 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import common
+import runs
+import train_student
+import train_teacher
+
 import numpy as np
 import pytest
 import scipy.special
@@ -42,11 +47,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import cifar, utils
-
-import common
-import runs
-import train_student
-import train_teacher
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
 

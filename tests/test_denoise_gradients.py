@@ -3,19 +3,19 @@
 import json
 import shutil
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from helpers import files_below, ok, refused, run_cli, same_run
-from torch import nn
-
 import claims
 import common
 import denoise_gradients
 import runs
 from denoise_gradients import Points
 from runs import InputError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import files_below, ok, refused, run_cli, same_run
+from torch import nn
 
 # ---------------------------------------------------------------- gradients
 

@@ -2,6 +2,11 @@
 
 import shutil
 
+import claims
+import deviation
+import runs
+import switch_distill
+
 import numpy as np
 import pytest
 import scipy.special
@@ -9,11 +14,6 @@ import scipy.stats
 from helpers import fuzz, odd_arrays, valid_or_refused
 from hypothesis import given
 from hypothesis import strategies as st
-
-import claims
-import deviation
-import runs
-import switch_distill
 
 
 def random_points(n=400, classes=6, seed=0, spread=2.0):

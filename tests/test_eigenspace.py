@@ -4,6 +4,11 @@ import itertools
 import json
 import warnings
 
+import claims
+import common
+import eigenspace
+import runs
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +17,6 @@ import torch.nn.functional as F
 from helpers import files_below, finished, ok, one_line_error, refused, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import claims
-import common
-import eigenspace
-import runs
 
 TINY = "--subset 60 --steps 6 --width 0.1 --batch-size 20 --device cpu --seeds 0 --archs linear cnn".split()
 

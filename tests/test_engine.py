@@ -7,16 +7,16 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+import common
+import engine
+import runs
+import train_student
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from helpers import SOAK, TINY, Crash, finished, hashes, weights_and_metrics, without_times, write_arrays
-
-import common
-import engine
-import runs
-import train_student
 
 # ---------------------------------------------------------------- resume
 

@@ -11,6 +11,11 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
 
+import claims
+import engine
+import glue_distill
+import runs
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +23,6 @@ import transformers
 from helpers import Malicious, damaged, hashes, input_error, same_run, valid_or_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import claims
-import engine
-import glue_distill
-import runs
 
 torch.set_num_threads(1)  # as in the processes that are compared with this one
 LANGUAGE = "--teacher 1x16 --subset 160 --epochs 2 --max-length 32 --quiet --device cpu --bootstrap 100".split()
@@ -598,6 +598,10 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
     before = hashes(taught)
     line = input_error(glue_distill, *LANGUAGE, "--data-seed", 1)  # a teacher of other texts is none
     assert "data.data_seed: 0 there, 1 now" in line
+    # All planned folders are compared first: seed 2 is not trained before seed 1 is refused.
+    line = input_error(glue_distill, *LANGUAGE, "--student", "1x8", "--temperature", 3, "--seeds", 2, 1)
+    assert "1x8-kd-s1 holds a run with other settings (flags.temperature: 2.0 there, 3.0 now)" in line
+    assert not run_of("1x16-teacher", 2).exists()
     assert before == hashes(taught)
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import runs
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,6 @@ from helpers import HERE, ok, one_line_error, run_cli, run_process
 from PIL import Image
 from torchvision import models
 from torchvision.transforms import functional
-
-import runs
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PICTURES = ["--data", "folder:pictures", "--image-size", 32, "--device", "cpu", "--quiet"]

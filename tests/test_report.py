@@ -8,15 +8,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
-from helpers import finished, refused
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 import claims
 import deviation
 import report
 import runs
+
+import numpy as np
+from helpers import finished, refused
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 FLAGS = dict(data="cifar100", subset=0, label_noise=0.0, data_seed=0, arch="resnet56", width=1.0, epochs=2)
 FLAGS.update(batch_size=512, lr=0.4, precision="fp32", out=None, seeds=[0, 1])

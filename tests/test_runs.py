@@ -9,11 +9,18 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+
+import common
+import engine
+import runs
+import train_student
+import train_teacher
 
 import numpy as np
 import pytest
@@ -41,12 +48,6 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-
-import common
-import engine
-import runs
-import train_student
-import train_teacher
 
 # ---------------------------------------------------------------- errors and flags
 
@@ -92,7 +93,18 @@ def test_the_command_to_continue_with_keeps_the_scripts_folder(monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [script, "--overwrite", "--out", "my runs/{seed}", "--seeds", "0", "1"])
     code, lines, _ = ending(KeyboardInterrupt(), capsys)
     assert code == 130
-    assert lines == [f"interrupted; continue with: python '{script}' --out 'my runs/{{seed}}' --seeds 0 1"]
+    assert len(lines) == 2 and lines[0].startswith("note: what --overwrite has not reached keeps its old runs")
+    assert lines[1] == f"interrupted; continue with: python '{script}' --out 'my runs/{{seed}}' --seeds 0 1"
+
+
+def test_an_interruption_while_libraries_are_imported_leaves_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")  # in place of the library, before any of our code
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    for script in ("train_teacher.py", "glue_distill.py", "eigenspace.py", "report.py"):
+        command = [sys.executable, str(HERE / script), "--help"]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert process.returncode == 130 and process.stderr == "", script
+        assert process.stdout == "interrupted before anything was done\n"
 
 
 def test_numbers_outside_their_limits_are_refused():
@@ -409,7 +421,9 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_runs, 
     assert "is finished already" in finished(train_teacher, *command)
     assert not finished(train_teacher, *command, "--quiet")
     # Where and how to run does not count.
-    assert "is finished already" in finished(train_teacher, *command, "--eval-every", 1, "--data-dir", "x", "--no-fast")
+    said = finished(train_teacher, *command, "--eval-every", 1, "--data-dir", "x", "--no-fast")
+    assert "is finished already" in said and "--eval-every has no effect any more, it was None" in said
+    assert "no effect" not in finished(train_teacher, *command)
     line = refused(train_teacher, *command, "--lr", 0.3, "--momentum", 0.5)
     assert "other settings (flags.lr: 0.1 there, 0.3 now; flags.momentum: 0.9 there, 0.5 now)" in line
     assert "--overwrite" in line

@@ -3,6 +3,15 @@
 import shutil
 from pathlib import Path
 
+import claims
+import denoise_gradients
+import engine
+import runs
+import switch_distill
+import train_student
+import train_teacher
+import when_it_pays
+
 import numpy as np
 import pytest
 import torch
@@ -18,15 +27,6 @@ from helpers import (
     weights_and_metrics,
     write_arrays,
 )
-
-import claims
-import denoise_gradients
-import engine
-import runs
-import switch_distill
-import train_student
-import train_teacher
-import when_it_pays
 
 FOUR = [*TINY, "--epochs", "4", "--snapshot-at"]  # no states but those of the switches
 SWITCH = [*FOUR, "--switch-at", "0", "0.3", "0.5", "1", "--bootstrap", "100"]  # 16 steps; 0.3 is inside epoch 2

@@ -3,12 +3,6 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from helpers import Reached, finished, ok, outcome, refused, run_cli, same_run, write_arrays
-from torchvision.transforms import functional
-
 import analyze_deviation
 import common
 import denoise_gradients
@@ -17,6 +11,12 @@ import engine
 import runs
 import switch_distill
 import train_student
+
+import numpy as np
+import pytest
+import torch
+from helpers import Reached, finished, ok, outcome, refused, run_cli, same_run, write_arrays
+from torchvision.transforms import functional
 
 DATA = ["--subset", "300", "--device", "cpu", "--quiet"]
 FLAGS = [*DATA, "--epochs", "2", "--arch", "mlp", "--width", "0.25"]

@@ -11,6 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import engine
+import runs
+import train_student
+import train_teacher
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,11 +39,6 @@ from helpers import (
     weights_and_metrics,
     write_arrays,
 )
-
-import engine
-import runs
-import train_student
-import train_teacher
 
 # ---------------------------------------------------------------- what the two scripts hand to the engine
 
@@ -318,7 +318,9 @@ def test_a_torn_checkpoint_of_an_unfinished_run_is_not_lost(tiny_runs, tmp_path)
     copy_run(teacher, tmp_path / "t", logits=None, checkpoint=lambda content: content[:1000])
     before = hashes(tmp_path / "t")
     line = refused(train_teacher, *TINY, "--out", tmp_path / "t")
-    assert "checkpoint.pt cannot be read" in line and "--overwrite" in line
+    command = runs.read_config(tmp_path / "t")["command"]
+    assert "checkpoint.pt cannot be read" in line
+    assert line.endswith(f": remove {tmp_path / 't'} and train it again with: {command}")
     assert hashes(tmp_path / "t") == before
 
 

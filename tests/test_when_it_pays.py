@@ -1,13 +1,13 @@
 """when_it_pays.py: teachers stopped on the way, their students, and what is measured of both."""
 
+import claims
+import runs
+import when_it_pays
+
 import numpy as np
 import pytest
 import torch
 from helpers import TINY, ok, one_line_error, refused, run_cli
-
-import claims
-import runs
-import when_it_pays
 
 
 @pytest.fixture(scope="module")

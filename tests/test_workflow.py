@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from types import SimpleNamespace
 
-import psutil
-import pytest
-from helpers import HERE, SOAK, Reached, files_below, ok, outcome, same_run
-
 import common
 import glue_distill
 import runs
+
+import psutil
+import pytest
+from helpers import HERE, SOAK, Reached, files_below, ok, outcome, same_run
 
 TINY = ["fig1a", "--config", "seeds=0", "flags=--epochs 2 --width 0.25 --subset 300 --device cpu"]
 
