@@ -14,7 +14,7 @@ SETTINGS = $(if $(DATA),data="$(DATA)") $(if $(DATA_DIR),data_dir="$(DATA_DIR)")
 # Where this is set, as in many containers, each of a dozen processes compiles torch and scipy anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: reproduce $(FIGURES) $(ROWS) benchmark gpu-check report docs smoke test lint soak clean
+.PHONY: reproduce $(FIGURES) $(ROWS) benchmark report docs smoke test lint soak clean
 
 # Without Snakemake's lock, which a killed one leaves behind: two processes in one run folder are refused by the scripts.
 # A job is run again when its command changed or what it needs is newer; a finished run is not trained again by that.
@@ -25,10 +25,6 @@ reproduce $(FIGURES) $(ROWS): .venv/ready
 
 benchmark: .venv/ready
 	$(PY) benchmark.py
-
-# For an issue, where CUDA is: its tests, and speed of ResNet-56 at batch 512 and 1024, as one JSON.
-gpu-check: .venv/ready
-	$(PY) benchmark.py --gpu-check
 
 report: .venv/ready
 	$(PY) report.py

@@ -1,7 +1,6 @@
 """Speed of training: this engine against the way peer repositories train, in images per second.
 
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
-    python benchmark.py --gpu-check                      # for an issue: one JSON with the CUDA tests' result too
 
 The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
 of distillation, the loss read in every step; a speedup is over its best number of workers. Ours are timed in the real
@@ -17,8 +16,6 @@ import copy
 import functools
 import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +25,7 @@ import claims
 import common
 import engine
 import runs
-from runs import InputError, number
+from runs import number
 
 import numpy as np
 import torch
@@ -154,43 +151,21 @@ def measure(args, arch, kd):
     return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
 
 
-# ---------------------------------------------------------------- an issue's report
-
-
-def cuda_facts():
-    """Versions of CUDA and of the driver, and how the tests that need CUDA end."""
-    from torch.utils import collect_env
-
-    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", "cuda"]
-    tests = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    driver = collect_env.get_nvidia_driver_version(collect_env.run)
-    ending = dict(passed=tests.returncode == 0, output=(tests.stdout + tests.stderr)[-4000:].splitlines())
-    return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver, tests=ending)
-
-
 def main(argv=None):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
-    add("--arch", choices=common.ARCHS, nargs="+", help="networks (default: resnet20)")
+    add("--arch", choices=common.ARCHS, nargs="+", default=["resnet20"], help="networks")
     add("--images", type=number(int, 128, 10_000_000), help="random images (default: 50000 on CUDA, 5000 on a CPU)")
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
     common.add_device_flag(parser)
-    add("--gpu-check", action="store_true", help="for an issue: CUDA tests, and ResNet-56 at batch 512 and 1024")
     add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
     args = parser.parse_args(argv)
     args.device = engine.use_device(args.device)
     cuda = args.device == "cuda"
-    if args.gpu_check and not cuda:
-        raise InputError("--gpu-check needs CUDA, which is not used here: run it where nvidia-smi shows a device")
     args.images = args.images or (50_000 if cuda else 5_000)
     args.out.mkdir(parents=True, exist_ok=True)
-    versions, name = runs.versions(), "benchmark"
-    if args.gpu_check:
-        args.arch, args.batch_size = args.arch or ["resnet56"], args.batch_size or [512, 1024]
-        name = "gpu-check"
-        versions.update(cuda_facts())
-    args.arch = args.arch or ["resnet20"]
+    versions = runs.versions()
     args.batch_size = args.batch_size or [512 if cuda else 128]
     rows, lines = [], []
     for arch in args.arch:
@@ -201,8 +176,8 @@ def main(argv=None):
     text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
     text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
     print(text)
-    runs.write_json(args.out / f"{name}.json", dict(versions=versions, rows=rows))
-    runs.write_text(args.out / f"{name}.md", text)
+    runs.write_json(args.out / "benchmark.json", dict(versions=versions, rows=rows))
+    runs.write_text(args.out / "benchmark.md", text)
 
 
 if __name__ == "__main__":

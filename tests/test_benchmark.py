@@ -1,15 +1,11 @@
-"""benchmark.py: its rows, and the report for an issue."""
+"""benchmark.py: its rows."""
 
 import statistics
-from types import SimpleNamespace
 
 import benchmark
-import engine
 import runs
 
 import pytest
-import torch
-from torch.utils import collect_env
 
 
 def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch, capsys):
@@ -40,34 +36,3 @@ def test_ours_are_measured_at_each_batch_size(tmp_path, monkeypatch):
     ours = [(row["loss"], row["way"], row["batch"]) for row in rows if not row["way"].startswith("peers")]
     ways = dict(KD=("eager", "table", "two processes")) | {"one-hot": ("eager", "two processes")}
     assert ours == [(loss, way, batch) for loss in ("one-hot", "KD") for batch in (16, 128) for way in ways[loss]]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would take minutes")
-def test_the_gpu_check_is_refused_without_cuda(tmp_path, capsys):
-    for more in ([], ["--device", "cpu"]):
-        with pytest.raises(SystemExit) as end:
-            runs.cli(lambda more=more: benchmark.main(["--gpu-check", *more, "--out", f"{tmp_path}/b"]))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert end.value.code == 2 and "--gpu-check needs CUDA" in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_gpu_check_writes_one_json(tmp_path, monkeypatch):
-    """With the tests, the driver and the measurements simulated."""
-    monkeypatch.setattr(engine, "use_device", lambda device: "cuda")
-    monkeypatch.setattr(
-        benchmark.subprocess, "run", lambda *args, **more: SimpleNamespace(stdout="2 passed", stderr="", returncode=0)
-    )
-    monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda run: "555.1")
-    asked = []
-
-    def measure(args, arch, kd):
-        asked.append((arch, kd, args.batch_size, args.images))
-        return [dict(arch=arch, loss="KD", way="table", batch=512, images_per_s=2.0, speedup=2.0)]
-
-    monkeypatch.setattr(benchmark, "measure", measure)
-    benchmark.main(["--gpu-check", "--out", f"{tmp_path}/b"])
-    assert asked == [("resnet56", kd, [512, 1024], 50_000) for kd in (False, True)]
-    found = runs.read_json(tmp_path / "b" / "gpu-check.json")
-    assert found["versions"]["driver"] == "555.1" and {"hardware", "torch", "cuda"} <= found["versions"].keys()
-    assert found["versions"]["tests"] == dict(passed=True, output=["2 passed"]) and len(found["rows"]) == 2
