@@ -447,14 +447,14 @@ def plot_classifiers(results, folder, title):
     claims.save_figure(figure, folder, "classifiers")
 
 
-def each_seed(args, name, settings, compute):
-    """[compute(seed)], each kept in --out; from there when an earlier command with the same settings has kept it."""
+def each_seed(args, name, settings, compute, *given):
+    """[compute(*given, seed)], each kept in --out; from there when a command with the same settings has kept it."""
     results = []
     for seed in args.seeds:
         file = args.out / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
         if args.overwrite:
             file.unlink(missing_ok=True)
-        results.append(runs.kept_result(file, settings, functools.partial(compute, seed)))
+        results.append(runs.kept_result(file, settings, compute, *given, seed))
     return results
 
 
@@ -488,8 +488,7 @@ def main(argv=None):
         preset = CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
         recipe = dict(width=args.width, buckets=BUCKETS, batch_size=args.batch_size, data=data.facts)
         recipe.update(lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
-        compute = functools.partial(classifier_seed, data, arch, recipe)
-        results[arch] = each_seed(args, f"network-{arch}", recipe, compute)
+        results[arch] = each_seed(args, f"network-{arch}", recipe, classifier_seed, data, arch, recipe)
     if args.train_only:
         return
     name = data.facts["name"]

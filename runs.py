@@ -293,8 +293,8 @@ def write_metrics(run, history):
     write_text(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
-def kept_result(path, settings, compute):
-    """`compute()`, a dict of plain numbers and lists, kept in the JSON file `path`; InputError when it does not fit."""
+def kept_result(path, settings, compute, *given):
+    """`compute(*given)`, plain numbers and lists, kept in the JSON file `path`; InputError when it does not fit."""
 
     def digest(result):
         return hashlib.sha256(json.dumps(result).encode()).hexdigest()
@@ -312,7 +312,7 @@ def kept_result(path, settings, compute):
         return kept["result"]
     path.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is told before the work
     started = time.perf_counter()
-    result = json.loads(json.dumps(compute()))
+    result = json.loads(json.dumps(compute(*given)))
     seconds = time.perf_counter() - started
     kept = dict(settings=settings, seconds=seconds, versions=versions(), result=result, sha256=digest(result))
     write_text(path, json.dumps(kept))  # plain json: unlike a report, it must give NaN back as NaN
