@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 CORES ?= 2
 
-FIGURES := fig1a fig1b fig-pays fig-eigenspace fig-denoise fig-glue variants paper cpu
+FIGURES := fig1a fig1b fig-pays fig-eigenspace fig-denoise fig-glue paper cpu
 ROWS := cifar10 cifar100 cifar100-noisy tiny-imagenet resnet56 resnet56-resnet20 resnet56-mobilenetv2 sst-2 cola mrpc rte
 SETTINGS = $(if $(DATA),data="$(DATA)") $(if $(DATA_DIR),data_dir="$(DATA_DIR)") $(if $(ARCH),arch="$(ARCH)") \
   $(if $(RECIPE),recipe="$(RECIPE)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(FLAGS),flags="$(FLAGS)") \

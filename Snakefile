@@ -122,18 +122,6 @@ folder = f"results/{NAME}/eigenspace"
 add_figure(folder, f"eigenspace.py {DATA} {DATA_DIR} --out {folder}", "0 1 2 3 4")
 add_text(TASK, f"results/glue-{TASK}", f"--task {quote(SETTINGS['task'])} {SETTINGS['glue_flags']}", "0 1 2")
 
-# When does it pay? The same for whole teachers in other settings of digits: how far they fit decides what is seen.
-VARIANTS = {
-    "noise0.3-epochs50": "--label-noise 0.3 --epochs 50",
-    "noise0.3-epochs100": "--label-noise 0.3 --epochs 100",
-    "noise0.3-epochs150": "--label-noise 0.3 --epochs 150",
-    "noise0.3-epochs150-width2": "--label-noise 0.3 --epochs 150 --width 2",
-    "noise0.1-epochs150": "--label-noise 0.1 --epochs 150",
-    "noise0-epochs200-subset200": "--label-noise 0 --epochs 200 --subset 200",
-}
-for name, flags in VARIANTS.items():
-    add_network(f"variants/{name}", f"--data digits {flags}", "0 1 2 3 4", {"pays": "--stop-at 1"})
-
 # ---------------------------------------------------------------- the paper's rows on 10,000 real images
 
 # Hours each on two cores. Epochs: the shortest of 50, 100, 150 … after which the teacher fits 90% of its labels.
@@ -192,7 +180,6 @@ TARGETS = {  # {target: what the names of its figures' files begin with}
     "fig-eigenspace": f"results/{NAME}/eigenspace/",  # §4
     "fig-denoise": f"results/{NAME}/denoise/",  # §5
     "fig-glue": f"results/glue-{TASK}/",  # §3.1, language
-    "variants": "results/variants/",
     "cpu": "results/rows/",
     "paper": f"results/{PAPER}/",
 }

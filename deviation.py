@@ -20,8 +20,7 @@ from tqdm import tqdm
 STATISTICS = {
     "slope": "slope of the least-squares fit of Y on X",
     "intercept": "intercept of that fit",
-    "low_slope": "slope within the quarter of points where X is lowest",
-    "low_below": "share of that quarter below y = x",
+    "low_below": "share of the quarter of points where X is lowest that lies below y = x",
     "low_gap": "mean Y − X in that quarter",
     "high_gap": "mean Y − X in the quarter where X is highest",
 }
@@ -48,27 +47,20 @@ def phi_of_class(logits, classes):
 
 
 def deviation_columns(x, y):
-    """Per-point columns [N, 13] whose weighted sums give every entry of STATISTICS (see `deviation_statistics`)."""
+    """Per-point columns [N, 10] whose weighted sums give every entry of STATISTICS (see `deviation_statistics`)."""
     low, high = x <= np.quantile(x, 0.25), x >= np.quantile(x, 0.75)
     below, gap, every = low & (y < x), y - x, np.ones_like(x)
     x, y = x - x.mean(), y - x.mean()  # one shift for both keeps squares small; `replicates` mends the intercept for it
-    fit = [every, x, y, x * x, x * y]
-    return np.stack(fit + [low * column for column in fit] + [below, high, high * gap], axis=1)
+    return np.stack([every, x, y, x * x, x * y, low, below, low * gap, high, high * gap], axis=1)
 
 
-def least_squares(n, x, y, xx, xy):
-    """(slope, intercept) of y on x from sums over points."""
-    slope = (n * xy - x * y) / (n * xx - x * x)
-    return slope, (y - slope * x) / n
-
-
-def deviation_statistics(s):
-    """STATISTICS from weighted sums s [B, 13] of `deviation_columns`; each value is an array [B]."""
+def deviation_statistics(sums):
+    """STATISTICS from weighted sums [B, 10] of `deviation_columns`; each value is an array [B]."""
+    n, x, y, xx, xy, low, below, low_gap, high, high_gap = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):  # no spread in X, or an empty quarter, in a resample: NaN
-        slope, intercept = least_squares(*s[:, :5].T)
-        low = dict(low_slope=least_squares(*s[:, 5:10].T)[0], low_below=s[:, 10] / s[:, 5])
-        gaps = dict(low_gap=(s[:, 7] - s[:, 6]) / s[:, 5], high_gap=s[:, 12] / s[:, 11])
-        return dict(slope=slope, intercept=intercept, **low, **gaps)
+        slope = (n * xy - x * y) / (n * xx - x * x)  # least squares
+        found = dict(slope=slope, intercept=(y - slope * x) / n)
+        return dict(found, low_below=below / low, low_gap=low_gap / low, high_gap=high_gap / high)
 
 
 def fidelity_columns(teacher_logits, logits, labels):

@@ -54,7 +54,7 @@ def jobs_of(folder, *flags):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    return jobs_of(tmp_path_factory.mktemp("dry"), "reproduce", "variants", "cpu", "paper")
+    return jobs_of(tmp_path_factory.mktemp("dry"), "reproduce", "cpu", "paper")
 
 
 def test_scripts_take_the_commands(jobs, monkeypatch, tmp_path):
