@@ -133,10 +133,12 @@ def main(argv=None):
         raise InputError("--student is missing: which student is it about? (--teacher-logits: of files of logits)")
     if args.teacher_logits:
         points = points_from_files(args)
-        seeds, why_not = 1, at_chance(points[args.split][0])
+        seeds = 1
+        why_not = at_chance(points[args.split][0])
     else:  # whose labels are compared
         points = deviation.points_from_runs(paired(args))
-        seeds, why_not = len(args.student), None
+        seeds = len(args.student)
+        why_not = None
     title = args.title or f"Student–teacher deviations, {seeds} seed{'s' if seeds > 1 else ''}"
     deviation.report(points, args.out, title, args.bootstrap, why_not=why_not)
 

@@ -103,7 +103,8 @@ def student_flags(args, arch, kd, batch):
 def train_one(flags, images, table, threads, seed):
     """Images per second of each epoch of one student, after one of warm-up; table: teacher logits are looked up."""
     torch.set_num_threads(threads)
-    data, teacher = random_data(images, flags.device), None
+    data = random_data(images, flags.device)
+    teacher = None
     if table:
         teacher = engine.TeacherLogits(None, data, plain=torch.randn(images, data.classes, device=data.device))
     elif flags.kd_weight:
@@ -127,7 +128,9 @@ def ours(flags, images, table=False, processes=1):
 
 def measure(args, arch, kd):
     """[dict]: the rows of one architecture and loss; `speedup` is over the best row of the peers."""
-    data, loss, rows = random_data(args.images, args.device), "KD" if kd else "one-hot", []
+    data = random_data(args.images, args.device)
+    loss = "KD" if kd else "one-hot"
+    rows = []
 
     def add_row(way, batch, rates):
         """rates: of each epoch of each process."""

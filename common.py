@@ -92,7 +92,8 @@ def tiny_imagenet_arrays(name, data_dir, image_size):
             return npz_arrays(kept, data_dir, image_size)
         if not folder.is_dir():
             with runs.reading(name, f"put the folder {folder.name} into {data_dir}"):
-                url, unpacked = f"http://cs231n.stanford.edu/{folder.name}.zip", data_dir / "tiny-imagenet.part"
+                url = f"http://cs231n.stanford.edu/{folder.name}.zip"
+                unpacked = data_dir / "tiny-imagenet.part"
                 # With its checksum: a download that was cut is made again.
                 md5 = "90528d7ca1a48142e341f4ef8d21d0de"
                 download_and_extract_archive(url, data_dir, unpacked, md5=md5, remove_finished=True)
@@ -150,7 +151,8 @@ def folder_arrays(path, data_dir, image_size):
         print(f"note: {root} has no test picture of {', '.join(unseen[:5])} ({len(unseen)} classes)")
     y_test = np.array([train.class_to_idx[label] for _, label in test])
     files = [file for file, _ in (*train.samples, *test)]
-    images, n = picture_array(files, root, image_size), len(train)
+    images = picture_array(files, root, image_size)
+    n = len(train)
     values = (images[:n], np.array(train.targets), images[n:], y_test)
     return dict(zip(ARRAYS, values, strict=True), class_names=train.classes)
 
@@ -159,7 +161,10 @@ def picture_array(files, root, image_size):
     """uint8 [N, side, side, 3] of picture files; InputError names the first ten unusable ones."""
     from torchvision.transforms.functional import center_crop, resize
 
-    side, images, problems, cropped = image_size, [], [], 0
+    side = image_size
+    images = []
+    problems = []
+    cropped = 0
     for file in tqdm(files, "reading pictures", disable=None):
         try:
             image = open_picture(file)
@@ -220,7 +225,9 @@ def image_facts(x_train, x_test):
     """Hash of all images, and mean and standard deviation [C] of the training images in 0..1 units, as lists."""
     digest = hashlib.sha256(np.ascontiguousarray(x_train).data)
     digest.update(np.ascontiguousarray(x_test).data)
-    levels, mean, std = np.arange(256) / 255, [], []
+    levels = np.arange(256) / 255
+    mean = []
+    std = []
     for c in range(x_train.shape[3]):
         counts = np.bincount(x_train[..., c].ravel(), minlength=256)
         mean.append((counts * levels).sum() / counts.sum())
@@ -290,7 +297,8 @@ class Data:
         self.device = self.y_train.device
         # Black before normalisation, which is what torchvision's RandomCrop(padding=p) does.
         self.padded = F.pad(self.x_train, (0, 0, self.pad, self.pad, self.pad, self.pad))
-        self.side, self.shifts = self.x_train.shape[1], 2 * self.pad + 1
+        self.side = self.x_train.shape[1]
+        self.shifts = 2 * self.pad + 1
         self.padded_side = self.side + 2 * self.pad
         ramp = torch.arange(self.side, device=self.device)
         straight = ramp.view(-1, 1) * self.padded_side + ramp
@@ -302,7 +310,8 @@ class Data:
 
         The view that crops at row dy, column dx (0 .. 2·pad) is dy·shifts + dx; with flips twice that, + 1 if mirrored.
         """
-        flip, shift = torch.zeros_like(view), view
+        flip = torch.zeros_like(view)
+        shift = view
         if self.flip:
             flip, shift = view % 2, view // 2
         corner = (index * self.padded_side + shift // self.shifts) * self.padded_side + shift % self.shifts
@@ -322,14 +331,17 @@ def load_data(name, data_dir="data", subset=0, label_noise=None, data_seed=0, im
     training set alone, so every run, subset and architecture sees the same noise; None: that of DATASETS.
     Errors: InputError for an unknown name, unreadable files, bad arrays, or a subset larger than the data.
     """
-    row, data_dir = dataset_of(name), Path(data_dir)
-    path, prepared = name.partition(":")[2] or name, data_dir / f"{name}.npz"
+    row = dataset_of(name)
+    data_dir = Path(data_dir)
+    path = name.partition(":")[2] or name
+    prepared = data_dir / f"{name}.npz"
     if not row.takes_path and prepared.exists():
         arrays = check_arrays(npz_arrays(prepared, data_dir, image_size), prepared)
     else:
         arrays = check_arrays(row.load(path, data_dir, image_size), path)
     x_train, y_clean, x_test, y_test = (arrays[key] for key in ARRAYS)
-    classes, n = len(arrays["class_names"]), len(x_train)
+    classes = len(arrays["class_names"])
+    n = len(x_train)
     label_noise = row.label_noise if label_noise is None else label_noise
     if subset > n or subset == 1:  # batch normalisation needs two
         raise InputError(f"--subset {subset} of the {n} training images of {name}: use 2 to {n}, or 0 for all")
@@ -410,7 +422,8 @@ class ResNet(nn.Module):
     def __init__(self, depth, classes, in_channels=3, width=1.0):
         super().__init__()
         channels = max(1, round(16 * width))
-        layers, before = [*conv_norm(in_channels, channels), nn.ReLU()], channels
+        layers = [*conv_norm(in_channels, channels), nn.ReLU()]
+        before = channels
         for stage in range(3):
             for block in range((depth - 2) // 6):
                 after = channels * 2**stage
@@ -430,8 +443,9 @@ class InvertedResidual(nn.Module):
         layers += [*conv_norm(hidden, hidden, 3, stride, groups=hidden), nn.ReLU()]
         self.layers = nn.Sequential(*layers, *conv_norm(hidden, channels_out, 1))
         self.residual = stride == 1
-        widens = self.residual and channels_in != channels_out  # there the form for CIFAR has a 1×1 shortcut
-        self.shortcut = nn.Sequential(*(conv_norm(channels_in, channels_out, 1) if widens else ()))
+        self.shortcut = nn.Sequential()
+        if self.residual and channels_in != channels_out:  # there the form for CIFAR has a 1×1 shortcut
+            self.shortcut = nn.Sequential(*conv_norm(channels_in, channels_out, 1))
 
     def forward(self, x):
         return self.layers(x) + self.shortcut(x) if self.residual else self.layers(x)
@@ -569,7 +583,8 @@ def soft_loss(logits, target, temperature):
 def matched_smoothing(teacher_logits, temperature):
     """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
     probabilities = F.softmax(teacher_logits / temperature, 1).double()
-    entropy, classes = torch.special.entr(probabilities).sum(1).mean().item(), probabilities.shape[1]
+    entropy = torch.special.entr(probabilities).sum(1).mean().item()
+    classes = probabilities.shape[1]
 
     def excess(alpha):
         p = np.full(classes, alpha / classes)

@@ -55,7 +55,8 @@ def train_seed(args, seed, data):
     Returns the teacher as `engine.TeacherLogits`, its logits [N, classes] of the un-augmented training images, and the
     label smoothing that has their mean entropy.
     """
-    folders, trained = run_folders(args, seed), None
+    folders = run_folders(args, seed)
+    trained = None
     if not args.teacher and not args.teacher_logits:
         trained = folders["teacher"]
         engine.train_teacher(trained, args, seed, data)
@@ -141,7 +142,8 @@ def stream(model, images, targets, temperature, weights, chunk=64):
     squares, inner = torch.zeros(2, len(images), device=mean.device)
     batches = torch.zeros(len(weights), len(mean), device=mean.device)
     for k in range(0, len(images), chunk):
-        some, start = slice(k, k + chunk), 0
+        some = slice(k, k + chunk)
+        start = 0
         for g in per_example_gradients(model, images[some], targets[some], temperature):
             part = slice(start, start + g.shape[1])
             squares[some] += torch.linalg.vector_norm(g, dim=1) ** 2
@@ -213,7 +215,8 @@ def measure(model, points, losses):
     first_order: decrease of the held-out loss by a short step along a mini-batch gradient scaled to unit length, as a
         share of what steepest descent gains: the cosine for batches of the training's size
     """
-    uphill, found = mean_gradient(model, *points.held_out, 1.0), {}
+    uphill = mean_gradient(model, *points.held_out, 1.0)
+    found = {}
     for loss, (targets, temperature) in losses.items():
         mean, squares, inner, batches = stream(model, points.images, targets, temperature, points.weights)
         square_of_mean = float(mean @ mean)
@@ -276,14 +279,16 @@ def measurements(args, seed, data, states, logits, smoothing):
     gap = deviation.phi_of_class(student[chosen.cpu().numpy()], predicted) - x
 
     points = points_of(args, seed, data, chosen, x)
-    labels, temperature = data.y_train[chosen], args.temperature
+    labels = data.y_train[chosen]
+    temperature = args.temperature
     losses = dict(
         onehot=(F.one_hot(labels, data.classes).float(), 1.0),
         kd=(F.softmax(logits / temperature, 1)[chosen], temperature),
         smooth=(common.smoothed(labels, data.classes, smoothing), temperature),
     )
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width).to(data.device)
-    table, reductions = {what: {} for what in LOSSES}, []
+    table = {what: {} for what in LOSSES}
+    reductions = []
     for what in LOSSES:
         here = {"smooth": losses["smooth"]} if what == "smooth" else losses
         bar = tqdm(states[what].items(), f"gradients along {what}, seed {seed}", leave=False, disable=None)
@@ -325,7 +330,8 @@ def compare(seed, other):
     targets. So they are (i) at shared parameters, mean over the onehot and the kd run; (ii) every loss along its own
     run at the same share of steps; (iii) the decrease at the shared parameters.
     """
-    table, shared = seed["table"], shared_checkpoints(seed["table"])
+    table = seed["table"]
+    shared = shared_checkpoints(seed["table"])
     own = [log_ratio(table[other][p][other], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
     return {
         "i": np.mean([log_ratio(at[other], at["kd"]) for at in shared]),
@@ -350,7 +356,9 @@ def denoise_claims(seeds):
     ):
         scales = f"log ratio of noise scales, {name} / KD"
         decrease = f"decrease, share of steepest descent, KD minus {name}"
-        compared, parts, verdicts = [compare(seed, other) for seed in seeds], [], {}
+        compared = [compare(seed, other) for seed in seeds]
+        parts = []
+        verdicts = {}
         for key, where, note in (
             ("i", "shared parameters", scales),
             ("ii", "own runs at the same progress", scales),
@@ -430,7 +438,8 @@ def plot(seeds, args):
     claims.legend_below(figure, axes[0, 0])
 
     axis = axes[1, 2]
-    gap, x = (np.concatenate([seed[key] for seed in seeds]) for key in ("gap", "x"))
+    gap = np.concatenate([seed["gap"] for seed in seeds])
+    x = np.concatenate([seed["x"] for seed in seeds])
     reductions = np.concatenate([seed["reductions"]["shared"] for seed in seeds])
     points = axis.scatter(gap, reductions, s=3, alpha=0.4, c=x, cmap="viridis", rasterized=True)
     figure.colorbar(points, ax=axis, label="teacher confidence X").solids.set_alpha(1)

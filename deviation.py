@@ -49,7 +49,9 @@ def phi_of_class(logits, classes):
 def deviation_columns(x, y):
     """Per-point columns [N, 10] whose weighted sums give every entry of STATISTICS (see `deviation_statistics`)."""
     low, high = x <= np.quantile(x, 0.25), x >= np.quantile(x, 0.75)
-    below, gap, every = low & (y < x), y - x, np.ones_like(x)
+    below = low & (y < x)
+    gap = y - x
+    every = np.ones_like(x)
     x, y = x - x.mean(), y - x.mean()  # one shift for both keeps squares small; `replicates` mends the intercept for it
     return np.stack([every, x, y, x * x, x * y, low, below, low * gap, high, high * gap], axis=1)
 

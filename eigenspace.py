@@ -75,7 +75,9 @@ def risk(shares, beta, noise):
 
 def bias_variance(seed):
     """{signal in top or low directions: {teacher or student: [risk for each of NOISES]}}, for one draw of β*."""
-    rng, shares, found = np.random.default_rng([4, seed]), gd_filter(POWER_LAW, STEPS, RATE), {}
+    rng = np.random.default_rng([4, seed])
+    shares = gd_filter(POWER_LAW, STEPS, RATE)
+    found = {}
     for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
         energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
@@ -168,7 +170,8 @@ def compare(path, logits, teacher_path, teacher_logits):
     gaps = np.array([confidence_gaps(*pair, teacher_logits[-1]) for pair in zip(own, teachers, strict=True)])
     low, high = gaps[len(levels) // 2 :].mean(0).tolist()
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios, ratio = (lower / teacher_lower).mean(1), (lower.mean(0) / teacher_lower.mean(0)).mean()
+        ratios = (lower / teacher_lower).mean(1)
+        ratio = (lower.mean(0) / teacher_lower.mean(0)).mean()
     return dict(levels=levels.tolist(), ratios=ratios.tolist(), ratio=float(ratio), low=low, high=high, gap=low - high)
 
 
@@ -190,9 +193,13 @@ def descend(model, inputs, targets, recipe, order_key, observe):
     recipe: lr, steps, batch_size (0 takes all points each step); order_key seeds the order. InputError when the weights
     stop being finite.
     """
-    n, lr, steps = len(inputs), recipe["lr"], recipe["steps"]
+    n = len(inputs)
+    lr = recipe["lr"]
+    steps = recipe["steps"]
     batch = min(recipe["batch_size"] or n, n)
-    per_epoch, parameters, seen = n // batch, list(model.parameters()), [observe(model)]
+    per_epoch = n // batch
+    parameters = list(model.parameters())
+    seen = [observe(model)]
     observed = observed_steps(steps)
     for step in tqdm(range(steps), "training", unit="step", leave=False, disable=None):
         if step % per_epoch == 0:
@@ -226,7 +233,10 @@ def self_distil(build, images, labels, classes, seed, recipe, limit=5000):
     logits [S, at most `limit`, classes]} of evenly spaced images, both after each observed step, and the teacher's
     accuracy on `labels`.
     """
-    some, key, weights, logits = images[:: math.ceil(len(images) / limit)], ("teacher", seed), {}, {}
+    some = images[:: math.ceil(len(images) / limit)]
+    key = ("teacher", seed)
+    weights = {}
+    logits = {}
 
     def observe(model):
         return first_layer(model).weight.detach().clone(), evaluate(model, some).cpu().numpy()
@@ -370,7 +380,8 @@ COLOURS = dict(teacher=BLACK, student=BLUE, smoothed=GREEN)
 def plot_linear(results, folder):
     """The theorem until the teacher stops at 3/λ1, and what the bias does to the risk."""
     figure, (paths, risks) = claims.pyplot().subplots(1, 2, figsize=(8, 3.6))
-    share, stop = np.linspace(0.001, 0.999, 300), flow_filter(1, 3)
+    share = np.linspace(0.001, 0.999, 300)
+    stop = flow_filter(1, 3)
     for k in (1, 7):
         teacher, student = equal_progress(POWER_LAW[0], POWER_LAW[k], 3 / POWER_LAW[0], share)
         paths.plot(share * stop, teacher, color=BLACK, label="teacher" if k == 1 else None)

@@ -208,7 +208,8 @@ def load_weights(file, arch, data, mean=None, std=None, size=None):
     shown = f"{size or side}×{size or side}"
     if size and size != side:
         shown += " by bilinear interpolation with antialias"
-    means, stds = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (mean or data.mean, std or data.std))
+    means = " ".join(f"{number:.4g}" for number in mean or data.mean)
+    stds = " ".join(f"{number:.4g}" for number in std or data.std)
     print(f"{file}: {arch} on images of mean {means}, std {stds}, size {shown}")
     return teacher.to(data.device).to(memory_format=torch.channels_last).eval()
 
@@ -277,13 +278,17 @@ class TeacherLogits:
 
     def __init__(self, model, data, precision="fp32", epochs=0, name="", plain=None):
         self.model = self.forward_model = model
-        self.data, self.precision, self.name = data, precision, str(name)
-        self.table, self.rows = plain, 1  # of each image in the table
+        self.data = data
+        self.precision = precision
+        self.name = str(name)
+        self.table = plain
+        self.rows = 1  # of each image in the table
         bytes_each = 2 if precision == "bf16" else 4
         size = len(data.y_train) * data.n_views * data.classes * bytes_each
         self.all_views = plain is None and epochs > data.n_views and size <= TABLE_BYTES
         self.sha256 = runs.weights_hash(dict(logits=plain) if model is None else model.state_dict())
-        self.facts, self.logits = dict(teacher=self.name, teacher_sha256=self.sha256), {}
+        self.facts = dict(teacher=self.name, teacher_sha256=self.sha256)
+        self.logits = {}
 
     def __call__(self, images, index, view):
         """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
@@ -304,7 +309,8 @@ class TeacherLogits:
         if not self.all_views or self.table is not None:
             return
         data, views = self.data, self.data.n_views
-        rows, table = torch.arange(len(data.y_train) * views, device=data.device), None
+        rows = torch.arange(len(data.y_train) * views, device=data.device)
+        table = None
         for chunk in rows.split(max(1, 5000 // views) * views):  # of whole images
             batches = chunk.split(FORWARD_BATCH[data.device.type])
             part = torch.cat([self._forward(data.batch(row // views, row % views)) for row in batches])
@@ -410,7 +416,8 @@ def train(
                 print(f"{run}: saved at step {step} of {total}")
                 runs.exit_interrupted()
     runs.write_metrics(run, history)
-    last, seconds = history[-1], sum(line["seconds"] for line in history)
+    last = history[-1]
+    seconds = sum(line["seconds"] for line in history)
     test = f"test {100 * last['test_acc']:.2f}%, " if "test_acc" in last else ""
     print(f"{run}: {test}train {100 * last['train_acc']:.2f}%, {seconds:.0f} s")
 
@@ -556,9 +563,11 @@ def train_images(
     kd_weight); teacher: `TeacherLogits`, or None without distillation; snapshots, start: `keep` and `start` of `train`.
     """
     per_epoch, _ = common.total_steps(args, data)
-    batch, device = min(args.batch_size, len(data.y_train)), torch.device(args.device)
+    batch = min(args.batch_size, len(data.y_train))
+    device = torch.device(args.device)
     model = model.to(device).to(memory_format=torch.channels_last)
-    network, lr = model, args.lr
+    network = model
+    lr = args.lr
     graphs = args.fast and device.type == "cuda"
     if graphs:
         lr = torch.tensor(args.lr, device=device)  # which the captured step reads
@@ -609,9 +618,11 @@ def check_folders(networks, args, data):
         for name in ("teacher", "onehot", "kd", "student"):
             if name not in folders or name == "teacher" and given:
                 continue
-            role, adders = "student", [common.add_flags, common.add_student_flags]
+            role = "student"
+            adders = [common.add_flags, common.add_student_flags]
             if name == "teacher":
-                role, adders = "teacher", [common.add_flags]
+                role = "teacher"
+                adders = [common.add_flags]
             flags = common.only_flags(common.one_hot_flags(args) if name == "onehot" else args, *adders)
             if role == "student" and not flags.kd_weight:
                 flags.temperature = None
@@ -620,7 +631,8 @@ def check_folders(networks, args, data):
 
 def train_teacher(run, args, seed, data):
     """Train a teacher on one-hot labels in the folder `run`, unless it is finished; args: all flags of a script."""
-    args, loss_fn = common.only_flags(args, common.add_flags), common.one_hot_loss
+    args = common.only_flags(args, common.add_flags)
+    loss_fn = common.one_hot_loss
     model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("teacher", seed))
     with runs.locked(run):
         if runs.start_run(run, args, "teacher", seed, data, model, loss=runs.source_of(loss_fn)):

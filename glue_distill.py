@@ -118,11 +118,15 @@ def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
 def published(name, data_dir, data_seed):
     """(class names, splits) of a published task, from its files in data_dir or data_dir/glue, else from the hub."""
     task = PUBLISHED[name]
-    config, ending, parts = name.replace("-", ""), "tsv", dict(train="train", test="dev")
+    config = name.replace("-", "")
+    ending = "tsv"
+    parts = dict(train="train", test="dev")
     if name == "mnli":
         parts.update(test="dev_matched", mismatched="dev_mismatched")
     if task.repository != GLUE:
-        config, ending, parts = None, "csv", dict(train="train", test="test")
+        config = None
+        ending = "csv"
+        parts = dict(train="train", test="test")
     for folder in (data_dir / task.folder, data_dir / "glue" / task.folder):
         if folder.is_dir() and ending == "csv":
             return csv_splits(folder, data_seed)
@@ -130,7 +134,8 @@ def published(name, data_dir, data_seed):
             return task.classes, {key: read_tsv(folder / f"{part}.tsv", name) for key, part in parts.items()}
     import datasets
 
-    splits, files = {}, ", ".join(f"{part}.{ending}" for part in parts.values())
+    splits = {}
+    files = ", ".join(f"{part}.{ending}" for part in parts.values())
     with runs.reading(task.repository, f"put {files} into {data_dir / task.folder}"):
         for key, part in parts.items():
             loaded = datasets.load_dataset(task.repository, config, split=part.replace("dev", "validation"))
@@ -145,7 +150,8 @@ def read_tsv(path, name):
 
     QQP's published file has a few torn rows; they are skipped and counted, as Hugging Face's loader does.
     """
-    task, fix = PUBLISHED[name], "put GLUE's original file there"
+    task = PUBLISHED[name]
+    fix = "put GLUE's original file there"
     with runs.reading(path, fix):
         # Not splitlines(): it also breaks at form feeds and Unicode separators, which occur within sentences.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
@@ -219,7 +225,9 @@ def read_csv(path, columns=None):
     columns: {column: its name, where that is none of COLUMNS}. InputError names the line in which a row begins that is
     torn, that lacks a text, or that a stray quote joins with others.
     """
-    rows, start, columns = [], 1, columns or {}
+    rows = []
+    start = 1
+    columns = columns or {}
     fix = "save it as UTF-8 CSV with the columns text[,text2],label"
     with runs.reading(path, fix), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)  # not strict, the rest of the file may end up in one cell
@@ -231,7 +239,8 @@ def read_csv(path, columns=None):
             fix = 'close the quote that opens there, double quotes inside of a cell (""), or shorten the cell'
             raise InputError(f"{path}, line {start}: the row cannot be read ({error}): {fix}") from None
     header = rows.pop(0)[1] if rows else []
-    names, places = [name.strip().casefold() for name in header], {}
+    names = [name.strip().casefold() for name in header]
+    places = {}
     for kind, wanted in COLUMNS.items():
         if columns.get(kind):
             wanted = [columns[kind].strip().casefold()]
@@ -251,9 +260,11 @@ def read_csv(path, columns=None):
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
         # Two stray quotes join rows to a cell of several lines, of which one has all columns and a known label.
         lines = "\n".join(cell for cell in row if len(cell.splitlines()) > 1).splitlines()
-        if any(len(cells) == len(header) and cells[label] in known for cells in (line.split(",") for line in lines)):
-            raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
-    return [tuple(row[k] for k in places.values()) for _, row in rows], [row[label].strip() for _, row in rows]
+        for cells in [line.split(",") for line in lines]:
+            if len(cells) == len(header) and cells[label] in known:
+                raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
+    texts = [tuple(row[k] for k in places.values()) for _, row in rows]
+    return texts, [row[label].strip() for _, row in rows]
 
 
 # The embedded task: adjectives by what they count, things and verbs, and factors.
@@ -370,7 +381,8 @@ def prepare(name, data, args):
     """
     make = scratch_model if size_of(name) else saved_model
     config, tokenizer, rows = make(name, data, args)
-    tokens, tokenizer.padding_side = {}, "right"
+    tokens = {}
+    tokenizer.padding_side = "right"
     options = dict(truncation=True, max_length=args.max_length, padding=True, return_attention_mask=True)
     with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
         for key, split in data.splits.items():
@@ -510,7 +522,8 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     if teacher_logits is not None:
         facts["teacher_sha256"] = hashlib.sha256(teacher_logits.tobytes()).hexdigest()
         teacher_logits = torch.as_tensor(teacher_logits).to(args.device)
-    tokens, labels = model.tokens["train"], torch.as_tensor(data.splits["train"].labels).to(args.device)
+    tokens = model.tokens["train"]
+    labels = torch.as_tensor(data.splits["train"].labels).to(args.device)
     per_epoch = math.ceil(len(labels) / flags.batch_size)
     total = per_epoch * flags.epochs
     groups = [  # biases and layer norms do not decay, as in BERT
@@ -539,7 +552,8 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
         return lr, flags.ce_weight, flags.kd_weight
 
     def evaluate(epoch, at_end):
-        line, precision = {}, "fp32" if at_end else args.precision  # what a run ends with is quoted
+        line = {}
+        precision = "fp32" if at_end else args.precision  # what a run ends with is quoted
         for key in [key for key in data.splits if key != "train"]:
             logits = logits_of(network, model.tokens[key], precision)
             targets = torch.as_tensor(data.splits[key].labels)
@@ -593,7 +607,9 @@ def report_scores(folders, data, args):
     folders: {network: run folder} of each seed. Claims: of the score where that is not accuracy, and of the best
     accuracy that the labels of the embedded task allow.
     """
-    names, draws, rows = METRICS.get(data.facts["name"], ["acc"]), {}, []
+    names = METRICS.get(data.facts["name"], ["acc"])
+    draws = {}
+    rows = []
     for network in folders[0]:
         row = dict(network=network)
         for key, split in data.splits.items():
@@ -606,11 +622,14 @@ def report_scores(folders, data, args):
         rows.append(row)
     over = f"{claims.scope(len(folders), len(folders))}; {runs.fit_note(rows[0]['train_acc']['value'])}"
     runs.write_json(args.results / "glue.json", dict(task=data.facts, intervals=f"95%, {over}", rows=rows))
-    lines = [[network, *(claims.cell(value, 100, 2) for value in row)] for network, *row in map(dict.values, rows)]
+    lines = []
+    for network, *scored in map(dict.values, rows):
+        lines.append([network, *(claims.cell(score, 100, 2) for score in scored)])
     table = claims.markdown_table(list(rows[0]), lines)
     runs.write_text(args.results / "glue.md", f"Intervals: 95%, {over}.\n\n{table}")
     print(table)
-    found, test = [], data.splits["test"]
+    found = []
+    test = data.splits["test"]
     if "bayes_accuracy" in data.facts:
         bayes = scores(test.clean, test.labels, args.bootstrap)["acc"]
         share = claims.ratio(draws["teacher", "test_acc"], [bayes] * len(folders))

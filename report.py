@@ -40,7 +40,8 @@ ROWS = ("cifar10", "cifar100", "cifar100-noisy", "resnet56", "resnet56-resnet20"
 ROWS += ("tiny-imagenet", "sst-2", "cola", "mrpc", "rte")
 COLUMNS = ("digits", "cifar10", "cifar100", "sst-2")
 HERE = Path(__file__).parent
-FILES, ESCAPED = jinja2.FileSystemLoader([HERE, HERE / "docs"]), jinja2.select_autoescape(["html.jinja"])
+FILES = jinja2.FileSystemLoader([HERE, HERE / "docs"])
+ESCAPED = jinja2.select_autoescape(["html.jinja"])
 LAYOUTS = jinja2.Environment(loader=FILES, autoescape=ESCAPED, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 # ---------------------------------------------------------------- reading
@@ -60,7 +61,8 @@ def read_all(read, paths, skipped):
 
 def page_order(file):
     """Sort key of files in results: folders of one setting together, each where FIGURES has its first figure."""
-    places, last = {stem: place for place, stem in enumerate(FIGURES)}, len(FIGURES)
+    places = {stem: place for place, stem in enumerate(FIGURES)}
+    last = len(FIGURES)
     first = min([places.get(figure.stem, last) for figure in file.parent.glob("*.png")], default=last)
     return file.parent.parent, first, file.parent, places.get(file.stem, last), file
 
@@ -130,7 +132,8 @@ def read_claims(file):
 
 def read_figure(file):
     """A figure: caption, picture, and the command that made it (empty when not recorded)."""
-    image, content = Image.open(file), io.BytesIO()
+    image = Image.open(file)
+    content = io.BytesIO()
     image.convert("RGBA").save(content, "WEBP", quality=70, method=6)  # it keeps the page small
     found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem), webp=content.getvalue())
     found.command, found.source = image.info.get("Command", ""), base64.b64encode(found.webp).decode()
@@ -139,7 +142,8 @@ def read_figure(file):
 
 def read_row(file):
     """The row of the Figure 1a whose deviation.json is `file`: test accuracies, all else of training points."""
-    kept, picture = runs.read_json(file), file.with_name("fig1a.json")  # earlier versions left no fig1a.json
+    kept = runs.read_json(file)
+    picture = file.with_name("fig1a.json")  # earlier versions left no fig1a.json
     train, test = (kept["tables"][split] for split in ("train", "test"))
     slope, below = deviation.deviation_claims({"train": train})[:2]
     row = {name: test["fidelity"][name]["accuracy"]["value"] for name in ("teacher", "control", "student")}
@@ -196,7 +200,8 @@ def draw_rows(kept, file):
     """Figure 1a of the training points of `kept` settings, six at most, as one picture."""
     figure = claims.pyplot().figure(figsize=(10, 7))
     for k, setting in enumerate(kept, 1):
-        row, axis = setting["rows"][0], figure.add_subplot(2, 3, k)
+        row = setting["rows"][0]
+        axis = figure.add_subplot(2, 3, k)
         counts = np.array([line.split() for line in row["drawn"]["student"]["counts"]], float)
         counts[counts == 0] = np.nan
         axis.imshow(np.log(counts), extent=row["drawn"]["student"]["extent"], origin="lower", aspect="auto", zorder=1)
@@ -216,7 +221,8 @@ def write_docs(folder):
     """Write results.md into `folder`, and above it README's tables, each between its markers, from folder/results."""
     kept = {file.stem: runs.read_json(file) for file in (folder / "results").glob("*.json")}
     tables = {file.stem: file.read_text(encoding="utf-8") for file in (folder / "results").glob("*.md")}
-    readme, layout = folder.parent / "README.md", LAYOUTS.get_template("results.md.jinja")
+    readme = folder.parent / "README.md"
+    layout = LAYOUTS.get_template("results.md.jinja")
     with runs.reading(folder / "results", "keep its settings again"):
         rows = [kept[name] for name in ROWS if name in kept]
         drawn = [setting for setting in rows if setting["rows"][0]["drawn"]][:6]
@@ -224,7 +230,8 @@ def write_docs(folder):
             draw_rows(drawn, folder / "results" / "fig1a-rows.webp")
         settings = {name: kept[name] for name in ("digits", *ROWS) if name in kept}
         given = dict(rows=rows, settings=settings, drawn=drawn, side_by_side=side_by_side)
-        text, parts = layout.render(given), layout.make_module(given)
+        text = layout.render(given)
+        parts = layout.make_module(given)
         columns = [kept[name] for name in COLUMNS if name in kept]
         tables.update(headlines=parts.headlines(columns, side_by_side(columns)), rows=parts.rows_table(rows))
         content = readme.read_text(encoding="utf-8")

@@ -147,7 +147,8 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=None, open_high=False, open_low=False):
     """An argparse type: a finite `kind` (int or float; an int has 64 bits) in low..high, ends excluded where open."""
     if high is None:
-        high, open_high = 2**63 if kind is int else math.inf, True
+        high = 2**63 if kind is int else math.inf
+        open_high = True
     ends = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
 
     def parse(text):
@@ -343,8 +344,10 @@ LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "
 
 def read_array(path):
     """An array [N] or [N, C] from FILE.npy, .npz, .pt, .pth, .safetensors or .csv; FILE:NAME is one of several."""
-    found = re.fullmatch(r"(.+\.(?:npz|pt|pth|safetensors)):(.+)", str(path))
-    file, name = found.groups() if found else (str(path), None)
+    file, name = str(path), None
+    of_several = re.fullmatch(r"(.+\.(?:npz|pt|pth|safetensors)):(.+)", file)
+    if of_several:
+        file, name = of_several.groups()
     with reading(file, "give what numpy.save, numpy.savez or torch.save wrote, or a .csv of numbers"):
         if file.endswith(".csv"):
             return _csv_array(file)
@@ -403,7 +406,8 @@ def check_logits(logits, name, like=None):
     decimals = 2  # of rounded probabilities
     while decimals < 6 and np.abs(logits - logits.round(decimals)).max() > 1e-6:
         decimals += 1
-    sums, slack = logits.sum(1), 0.5 * 10.0**-decimals * logits.shape[1]
+    sums = logits.sum(1)
+    slack = 0.5 * 10.0**-decimals * logits.shape[1]
     for whole in (1, 100):
         if logits.min() >= 0 and np.abs(sums - whole).max() < 1e-3 * whole + slack:
             fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
@@ -413,7 +417,8 @@ def check_logits(logits, name, like=None):
 
 def check_labels(labels, name, logits):
     """Labels as int64 [N], words numbered in sorted order; InputError when they do not fit the logits."""
-    labels, (n, classes) = np.asarray(labels), logits.shape
+    labels = np.asarray(labels)
+    n, classes = logits.shape
     if labels.dtype.kind in "US" and np.char.isdecimal(labels.astype("U")).all():
         labels = labels.astype(np.int64)  # whole numbers as text: sorted as words, 10 would come before 2
     if labels.dtype.kind in "US":
@@ -435,7 +440,8 @@ def agreement(predicted, other, classes):
     """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the other)."""
     # Rows in another order are readable and give figures, but then one is independent of the other.
     shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
-    chance, agreed = float(shares[0] @ shares[1]), float((predicted == other).mean())
+    chance = float(shares[0] @ shares[1])
+    agreed = float((predicted == other).mean())
     return agreed, chance, agreed > chance + 2 * math.sqrt(chance * (1 - chance) / len(predicted))
 
 
@@ -571,7 +577,8 @@ def flags_of(args, data):
 
 def refuse_other(run, config):
     """InputError when the run folder `run` holds a run of another `config`: of those of its parts that are given."""
-    before, pairs = read_config(run), []
+    before = read_config(run)
+    pairs = []
     before["flags"] = {**{key: Parser.defaults.get(key) for key in config["flags"]}, **before["flags"]}
     if "facts" in config:  # earlier versions did not note down the loss
         before["facts"].setdefault("loss", config["facts"].get("loss"))

@@ -230,7 +230,8 @@ def curves(folders):
 def plot_curves(folders, args, title):
     """Test accuracy over training: the pure runs with their seeds, and the mean of every switch, its moment marked."""
     plt = claims.pyplot()
-    directions, shares = args.direction, [s for s in args.switch_at if 0 < s < 1]
+    directions = args.direction
+    shares = [s for s in args.switch_at if 0 < s < 1]
     shades = dict(zip(shares, plt.get_cmap("magma")(np.linspace(0.15, 0.7, len(shares))), strict=True))
     size = (4.5 * max(len(directions), 1.3), 3.6)
     figure, axes = plt.subplots(1, len(directions), squeeze=False, sharey=True, figsize=size)
@@ -243,7 +244,8 @@ def plot_curves(folders, args, title):
         last = epochs[-1]
         for s in shares:
             epochs, accuracy = curves([of_seed[direction, s] for of_seed in folders])
-            mean, after = accuracy.mean(0), epochs > s * last  # before its switch a branch is its trunk
+            mean = accuracy.mean(0)
+            after = epochs > s * last  # before its switch a branch is its trunk
             xs = np.concatenate([[s * last], epochs[after]])
             ys = np.concatenate([[np.interp(s * last, epochs, mean)], mean[after]])
             axis.plot(xs, ys, "v-", markevery=[0], ms=6, lw=1.4, color=shades[s], label=f"switched at s = {s:g}")
@@ -263,7 +265,8 @@ def main(argv=None):
     common.add_teacher_flags(parser)
     common.add_student_flags(parser)
     common.add_figure_flags(parser, "results/fig1b")
-    add, every = parser.add_argument_group("switches").add_argument, list(SWITCHES)
+    add = parser.add_argument_group("switches").add_argument
+    every = list(SWITCHES)
     which = f"which switches to train, of {', '.join(every)} (default: both)"
     add("--direction", choices=every, nargs="+", default=every, metavar="WHICH", help=which)
     shares = "shares of training before the switch; 0 and 1 are the pure runs"

@@ -96,13 +96,15 @@ def measure(seeds, resamples):
 
 def pays_claims(rows):
     """Claims rows: what rises with the teacher's fit, and what the student of the last teacher gains."""
-    found, last = [], rows[-1]
+    found = []
+    last = rows[-1]
     rising = {"lead": "the student's lead over its own teacher", "slope": "the student's train slope"}
     rising["gain"] = "the gain over one-hot (of which the paper says nothing)"
     if len(rows) > 1:
         for name, text in rising.items():
             gain = claims.over_seeds(np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"]))
-            unit, note = "" if name == "slope" else "points", "last teacher minus first, over seeds"
+            unit = "" if name == "slope" else "points"
+            note = "last teacher minus first, over seeds"
             row = claims.claim(f"{text} rises with the teacher's fit", "> 0", gain, 0, note, unit=unit)
             if name == "lead":
                 row = claims.headline(row, "title")
@@ -115,15 +117,16 @@ def pays_claims(rows):
 
 def pays_markdown(rows):
     """A line for each stopped teacher: MEASURES, in percent where they are shares."""
-    lines = []
-    for row in rows:
-        cells = [f"{row['share']:g}"]
-        for name in MEASURES:
-            scale, digits = (100, 1) if name in PERCENT else (1, 2)
-            cells.append(claims.cell(row[name], scale, digits))
-        lines.append(cells)
-    names = [name.replace("_", " ") + (" %" if name in PERCENT else "") for name in MEASURES]
-    return claims.markdown_table(["stopped at", *names], lines)
+    header = ["stopped at"]
+    lines = [[f"{row['share']:g}"] for row in rows]
+    for name in MEASURES:
+        text, scale, digits = name.replace("_", " "), 1, 2
+        if name in PERCENT:
+            text, scale, digits = f"{text} %", 100, 1
+        header.append(text)
+        for line, row in zip(lines, rows, strict=True):
+            line.append(claims.cell(row[name], scale, digits))
+    return claims.markdown_table(header, lines)
 
 
 def plot(rows, folder, title):
@@ -156,7 +159,8 @@ def main(argv=None):
     common.add_student_flags(parser)
     common.add_figure_flags(parser, "results/pays")
     at = "shares of training after which the teacher is stopped"
-    share, default = number(float, 0, 1, open_low=True), [0.1, 0.25, 0.5, 0.75, 1]
+    share = number(float, 0, 1, open_low=True)
+    default = [0.1, 0.25, 0.5, 0.75, 1]
     parser.add_argument("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
     args = engine.resolve(parser.parse_args(argv))
     if not args.kd_weight:
