@@ -6,7 +6,8 @@
 #   snakemake results/paper/cifar10-resnet56/fig1a/claims.json --cores 4        # one figure of it
 #
 # With the same command an interrupted run goes on from its checkpoint, and a finished one is not trained again.
-# Snakemake deletes a job's declared outputs before it repeats the job: so these are marks and drawn claims alone.
+# Snakemake deletes a job's declared outputs before it repeats the job: so these are marks and claims.json alone, and no file
+# of a run.
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ SETTINGS = {
     "recipe": "",  # else quick; of the paper's grid: paper
     "seeds": "",  # else those of the tables below
     "data_dir": "data",
-    "flags": "",  # more flags of all that trains on images
+    "flags": "",  # more flags of teachers and students on images
     "task": "sentiment",
     "glue_flags": "--student tiny",  # without the smaller student, for time
 }

@@ -34,8 +34,8 @@ def at_chance(point):
 
 def points_from_files(args):
     """One split of one seed from --teacher-logits and its companions."""
-    if not args.student_logits or not args.labels:
-        raise InputError("--teacher-logits needs --student-logits and --labels beside it")
+    if not (args.teacher_logits and args.student_logits and args.labels):
+        raise InputError("of files --teacher-logits, --student-logits and --labels are needed together")
     files = dict(teacher=args.teacher_logits, student=args.student_logits, control=args.control_logits)
     given = [os.path.realpath(file) for file in files.values() if file]
     if len(set(given)) < len(given):
@@ -51,6 +51,8 @@ def points_from_files(args):
 
 def paired(args):
     """[{role: run folder}] of each seed; one teacher, or one control, may serve all. InputError where roles mix."""
+    if not args.student:
+        raise InputError("--student is missing: which student is it about?")
     teachers, students, controls = args.teacher, args.student, args.control
     # Teachers and controls alone may serve several seeds.
     given = [os.path.realpath(run) for run in (*set(teachers), *students, *set(controls))]
@@ -125,17 +127,16 @@ def main(argv=None):
     add("--bootstrap", type=draws, default=2000, metavar="N", help="bootstrap draws behind each interval")
     add("--out", type=Path, default=Path("results/fig1a"), metavar="FOLDER", help="folder for figure and tables")
     args = parser.parse_args(argv)
-    of_files = (args.teacher_logits, args.student_logits, args.control_logits, args.labels)
-    if any(of_files) == bool(args.teacher or args.student or args.control):
-        by_files = "--teacher-logits, --student-logits and --labels (and --control-logits)"
-        raise InputError(f"give either --teacher and --student run folders (and --control), or {by_files}")
-    if not args.teacher_logits and not args.student:
-        raise InputError("--student is missing: which student is it about? (--teacher-logits: of files of logits)")
-    if args.teacher_logits:
+    by_files = any((args.teacher_logits, args.student_logits, args.control_logits, args.labels))
+    by_runs = any((args.teacher, args.student, args.control))
+    if by_files == by_runs:
+        files = "--teacher-logits, --student-logits and --labels (and --control-logits)"
+        raise InputError(f"give either --teacher and --student run folders (and --control), or {files}")
+    if by_files:
         points = points_from_files(args)
         seeds = 1
         why_not = at_chance(points[args.split][0])
-    else:  # whose labels are compared
+    else:  # rows in another order are found there: the labels of the runs are compared
         points = deviation.points_from_runs(paired(args))
         seeds = len(args.student)
         why_not = None

@@ -3,16 +3,16 @@
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
 
 The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
-of distillation, the loss read in every step; a speedup is over its best number of workers. Ours are timed in the real
-engine: "eager"; on CUDA "fast" (the step compiled, and one CUDA graph), as are those after it; for distillation "table"
-(teacher logits looked up, as in a run of more epochs than an image has views); "two processes" (two seeds side by side,
-each with half of the threads).
+of distillation, the loss read in every step. A speedup is over its best number of workers. Ours, in the real engine:
+    eager          neither compiled nor captured
+    fast           the step compiled, and one CUDA graph; on CUDA alone, where the next two are fast too
+    table          for distillation: teacher logits looked up, as in a run of more epochs than an image has views
+    two processes  two seeds side by side, each with half of the threads
 
 Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
 outside. Writes benchmark.json and benchmark.md into --out.
 """
 
-import copy
 import functools
 import multiprocessing
 import statistics
@@ -90,19 +90,22 @@ def peers(data, arch, kd, workers, epochs):
 # ---------------------------------------------------------------- ours
 
 
-def student_flags(args, arch, kd, batch):
-    """Flags of train_student.py for our ways."""
+def student_flags(args, arch, kd, batch, *more):
+    """Flags of train_student.py for our ways; more: words of its command line."""
     parser = runs.Parser(__doc__)
     common.add_flags(parser)
     common.add_student_flags(parser)
     words = f"--quiet --data npz:random --arch {arch} --device {args.device} --epochs {args.epochs + 1}".split()
-    words += f"--batch-size {min(args.images, batch)} --ce-weight {1 - kd} --kd-weight {int(kd)}".split()
+    words += ["--batch-size", str(min(args.images, batch)), *more]
+    if not kd:
+        words += ["--ce-weight", "1", "--kd-weight", "0"]
     return engine.resolve(parser.parse_args(words))
 
 
 def train_one(flags, images, table, threads, seed):
     """Images per second of each epoch of one student, after one of warm-up; table: teacher logits are looked up."""
     torch.set_num_threads(threads)
+    engine.use_device(flags.device)  # its settings are those of a process
     data = random_data(images, flags.device)
     teacher = None
     if table:
@@ -143,9 +146,8 @@ def measure(args, arch, kd):
     best = max(row["images_per_s"] for row in rows)
     for batch in args.batch_size:
         flags = student_flags(args, arch, kd, batch)
-        eager = copy.copy(flags)
-        eager.fast = False
-        add_row("eager", flags.batch_size, ours(eager, args.images))
+        eager = student_flags(args, arch, kd, batch, "--no-fast")
+        add_row("eager", eager.batch_size, ours(eager, args.images))
         if flags.fast:  # on CUDA
             add_row("fast", flags.batch_size, ours(flags, args.images))
         if kd:
@@ -167,9 +169,9 @@ def main(argv=None):
     args.device = engine.use_device(args.device)
     cuda = args.device == "cuda"
     args.images = args.images or (50_000 if cuda else 5_000)
+    args.batch_size = args.batch_size or [512 if cuda else 128]
     args.out.mkdir(parents=True, exist_ok=True)
     versions = runs.versions()
-    args.batch_size = args.batch_size or [512 if cuda else 128]
     rows, lines = [], []
     for arch in args.arch:
         rows += measure(args, arch, kd=False) + measure(args, arch, kd=True)

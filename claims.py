@@ -74,7 +74,8 @@ def combine(seeds):
     high, seeds), where seeds holds the statistic of each seed.
     """
     seeds = np.stack(seeds)
-    values, draws = seeds[:, 0], seeds[:, 1:].mean(0)
+    values = seeds[:, 0]
+    draws = seeds[:, 1:].mean(0)
     # A statistic that a draw leaves undefined (a quarter without spread) makes the interval undefined, not narrower.
     half = math.sqrt(seed_term(values) + 1.96**2 * draws.var(ddof=1)) if np.isfinite(draws).all() else math.nan
     value = float(values.mean())
@@ -88,35 +89,46 @@ def ratio(numerators, denominators):
     quadratic in r; it is unbounded (infinite ends) where the denominator itself is compatible with 0.
     """
     pair = np.stack([np.stack(numerators), np.stack(denominators)])  # [2, S, 1 + B]
-    values, draws, count = pair[:, :, 0], pair[:, :, 1:].mean(1), pair.shape[1]
+    values = pair[:, :, 0]
+    draws = pair[:, :, 1:].mean(1)
+    count = values.shape[1]
     covariance = 1.96**2 * np.cov(draws)
     if count > 1:
         covariance = covariance + stdtrit(count - 1, 0.975) ** 2 * np.cov(values) / count
     top, bottom = values.mean(1)
     with np.errstate(divide="ignore", invalid="ignore"):  # a seed without any gain
         found = dict(value=float(top / bottom), low=-math.inf, high=math.inf, seeds=(values[0] / values[1]).tolist())
-    a, b, c = bottom**2 - covariance[1, 1], top * bottom - covariance[0, 1], top**2 - covariance[0, 0]
-    if a > 0:
+    a = bottom**2 - covariance[1, 1]
+    b = top * bottom - covariance[0, 1]
+    c = top**2 - covariance[0, 0]
+    if a > 0:  # the r with a·r² − 2·b·r + c <= 0
         root = math.sqrt(max(b**2 - a * c, 0.0))
         found.update(low=float((b - root) / a), high=float((b + root) / a))
     return found
+
+
+def counted(seeds):
+    """How many seeds, in words."""
+    return "2 seeds (two: wide intervals)" if seeds == 2 else f"{seeds} seeds"
 
 
 def seeds_scope(seeds):
     """What an interval over seeds alone covers, for the reader of a table."""
     if seeds == 1:
         return "one seed: no intervals"
-    few = " (two: wide intervals)" if seeds == 2 else ""
-    return f"Student's t over {seeds} seeds{few}"
+    return f"Student's t over {counted(seeds)}"
 
 
 def scope(seeds, teachers=1):
     """What an interval covers, for the reader of a table: points alone, or points and seeds, and how many teachers."""
     if seeds == 1:
         return "over points only: one seed"
-    whose = {1: "one teacher for all", seeds: "each with its own teacher"}.get(teachers, f"{teachers} teachers")
-    few = " (two: wide intervals)" if seeds == 2 else ""
-    return f"over points and {seeds} seeds{few}, {whose}"
+    whose = f"{teachers} teachers"
+    if teachers == 1:
+        whose = "one teacher for all"
+    elif teachers == seeds:
+        whose = "each with its own teacher"
+    return f"over points and {counted(seeds)}, {whose}"
 
 
 # ---------------------------------------------------------------- claims
@@ -148,8 +160,9 @@ def claim(text, expected, measured, threshold, note="", above=True, unit="", con
     value, low, high = (measured[key] for key in ("value", "low", "high"))
     judged = verdict((low, high), threshold, above)
     if judged == "holds" and difference:
-        ends = [(part["low"], part["high"]) for part in (control, difference)]
-        if verdict(ends[0], threshold, above) == "holds" and verdict(ends[1], 0, above) != "holds":
+        control_meets = verdict((control["low"], control["high"]), threshold, above) == "holds"
+        apart = verdict((difference["low"], difference["high"]), 0, above) == "holds"
+        if control_meets and not apart:
             judged = "as the control"
     row = dict(claim=text, expected=expected, measured=value, low=low, high=high, verdict=judged, note=note)
     return dict(row, shown=in_unit(measured, unit), control=in_unit(control, unit) if control else "")
@@ -158,13 +171,13 @@ def claim(text, expected, measured, threshold, note="", above=True, unit="", con
 def joint_claim(text, verdicts):
     """The row of a claim with the common verdict of all its comparisons, {comparison: verdict}, else "mixed"."""
     held = list(verdicts.values()).count("holds")
-    note = "; ".join(f"({key}) {verdict}" for key, verdict in verdicts.items())
+    note = "; ".join(f"({key}) {found}" for key, found in verdicts.items())
     note += ". Measured: how many hold, without interval"
-    expected = f"all {len(verdicts)} comparisons hold"
-    row = claim(text, expected, dict(value=held, low=held, high=held), len(verdicts) - 0.5, note)
-    found = set(verdicts.values())
-    joint = found.pop() if len(found) == 1 else "mixed"
-    return dict(row, verdict=joint, shown=f"{held} of {len(verdicts)}")
+    row = claim(text, f"all {len(verdicts)} comparisons hold", dict(value=held, low=held, high=held), 0, note)
+    row["verdict"] = "mixed"
+    if len(set(verdicts.values())) == 1:
+        row["verdict"] = next(iter(verdicts.values()))
+    return dict(row, shown=f"{held} of {len(verdicts)}")
 
 
 def headline(row, section):
@@ -175,7 +188,7 @@ def headline(row, section):
 def headlines(rows):
     """Those of `rows` that `headline` marked, in the paper's order."""
     found = [row for row in rows if "section" in row]
-    return sorted(found, key=lambda row: SECTIONS.index(row["section"]) if row["section"] in SECTIONS else -1)
+    return sorted(found, key=lambda row: SECTIONS.index(row["section"]))
 
 
 def save_claims(folder, rows, over="", full=True):

@@ -86,7 +86,8 @@ def tiny_imagenet_arrays(name, data_dir, image_size):
     """Tiny-ImageNet, val as test split, of its folder in data_dir or downloaded; decoded once, into an .npz there."""
     from torchvision.datasets.utils import download_and_extract_archive
 
-    folder, kept = data_dir / "tiny-imagenet-200", data_dir / f"{name}.npz"
+    folder = data_dir / "tiny-imagenet-200"
+    kept = data_dir / f"{name}.npz"
     with runs.one_at_a_time(folder):
         if kept.exists():  # another process made it meanwhile
             return npz_arrays(kept, data_dir, image_size)
@@ -231,7 +232,8 @@ def image_facts(x_train, x_test):
     for c in range(x_train.shape[3]):
         counts = np.bincount(x_train[..., c].ravel(), minlength=256)
         mean.append((counts * levels).sum() / counts.sum())
-        std.append(max(np.sqrt((counts * (levels - mean[c]) ** 2).sum() / counts.sum()), 1e-6))
+        variance = (counts * (levels - mean[c]) ** 2).sum() / counts.sum()
+        std.append(max(np.sqrt(variance), 1e-6))
     return dict(sha256=digest.hexdigest(), mean=mean, std=std)
 
 
@@ -241,8 +243,10 @@ def check_arrays(arrays, source):
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.ndim == 3:  # grey, without an axis for its channel
-            x = arrays[f"x_{split}"] = x[..., None]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or x.shape[1] != x.shape[2] or not x.size:
+            x = x[..., None]
+            arrays[f"x_{split}"] = x
+        fits = x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2] and x.shape[3] in (1, 3)
+        if not fits:
             raise InputError(f"{source}: x_{split} is {x.dtype} {list(x.shape)}; it must be uint8 [N, H, H, 1 or 3]")
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
             raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must be whole numbers [{len(x)}]")
@@ -255,10 +259,11 @@ def check_arrays(arrays, source):
         raise InputError(f"{source}: test labels {unseen[:5].tolist()} are in no training image: remove those images")
     if len(classes) < 2:
         raise InputError(f"{source}: all training labels are {classes[0]}; there must be at least 2 classes")
-    last = len(classes) - 1
-    if not np.array_equal(classes, np.arange(last + 1)):
-        print(f"{source}: the {last + 1} labels within {classes[0]}..{classes[-1]} are numbered 0..{last}")
-    train, test = (list(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
+    n = len(classes)
+    if not np.array_equal(classes, np.arange(n)):
+        print(f"{source}: the {n} labels within {classes[0]}..{classes[-1]} are numbered 0..{n - 1}")
+    train = list(arrays["x_train"].shape[1:])
+    test = list(arrays["x_test"].shape[1:])
     if train != test:
         raise InputError(f"{source}: train images are {train} but test images {test}: give both the same shape")
     names = np.asarray(arrays.get("class_names", classes))
@@ -381,13 +386,6 @@ def balanced_subset(labels, count, data_seed):
     return np.sort(shuffle[np.argsort(rank[shuffle], kind="stable")[:count]])
 
 
-def some_test_images(data, count):
-    """(uint8 images, labels) of `count` test images, or all, drawn evenly over classes: files may be sorted by them."""
-    chosen = torch.as_tensor(balanced_subset(data.y_test.cpu().numpy(), count, data.facts["data_seed"]))
-    chosen = chosen.to(data.device)
-    return data.x_test[chosen], data.y_test[chosen]
-
-
 # ---------------------------------------------------------------- models
 
 RESNETS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))
@@ -496,7 +494,9 @@ def torchvision_model(name, classes, channels):
         raise InputError(f"unknown --arch torchvision:{name}: use one of {', '.join(known)}")
     if channels != 3:
         raise InputError(f"--arch torchvision:{name} takes 3 channels, the data has {channels}: use {', '.join(ARCHS)}")
-    extra = dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+    extra = {}
+    if name in ("googlenet", "inception_v3"):  # else they give several outputs, and warn
+        extra = dict(aux_logits=False, init_weights=True)
     return models.get_model(name, weights=None, num_classes=classes, **extra)
 
 
@@ -523,8 +523,8 @@ def build_model(arch, classes, image, width=1.0, seed=0):
             if width != 1:
                 raise InputError(f"--width does not apply to {arch}: leave it out")
             model = torchvision_model(arch.removeprefix("torchvision:"), classes, channels)
-        elif arch in ARCHS and arch.startswith("resnet"):
-            model = ResNet(int(arch[6:]), classes, channels, width)
+        elif arch in RESNETS:
+            model = ResNet(int(arch.removeprefix("resnet")), classes, channels, width)
         elif arch == "mobilenetv2":
             model = MobileNetV2(classes, channels, width)
         elif arch == "mlp":
@@ -595,7 +595,9 @@ def matched_smoothing(teacher_logits, temperature):
         return 0.0
     from scipy.optimize import brentq  # takes a part of a second to import
 
-    return 1.0 if excess(1.0) <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
+    if excess(1.0) <= 0:  # a teacher as uniform as smoothing can make it
+        return 1.0
+    return brentq(excess, 0.0, 1.0, xtol=1e-12)
 
 
 def smoothed(labels, classes, smoothing):
@@ -637,7 +639,8 @@ def total_steps(args, data):
 
 def snapshot_steps(args, data):
     """The steps of --snapshot-at."""
-    return {round(share * total_steps(args, data)[1]) for share in args.snapshot_at}
+    _, total = total_steps(args, data)
+    return {round(share * total) for share in args.snapshot_at}
 
 
 # ---------------------------------------------------------------- flags
@@ -744,7 +747,7 @@ def fill_recipe(args):
     """Fill in what the flags left to the recipe, and refuse what does not fit together; returns args."""
     row = dataset_of(args.data)
     preset = RECIPES[row.paper_recipe if args.recipe == "paper" else args.recipe]
-    if args.milestones and (args.schedule or preset["schedule"]) != "step":  # given ones: a recipe's are not in yet
+    if args.milestones and (args.schedule or preset["schedule"]) != "step":  # as given: the recipe's own come below
         raise InputError("--milestones belong to --schedule step: give both, or neither")
     scale = (args.epochs or preset["epochs"]) / preset["epochs"]
     scaled = dict(preset, warmup=preset["warmup"] * scale, milestones=[m * scale for m in preset["milestones"]])

@@ -8,7 +8,7 @@ The paper speaks of distillation as a denoiser of gradients without fixing an ex
 seed has three students with the same start, order and views, one for each of LOSSES. At 0, 5, 25, 50 and 100% of the
 steps the per-example gradients of all three losses are taken at the same parameters (see `measure`), and compared there
 and along each loss's own run (see `compare`). Runs are trained when missing and used again when finished; with
---out they are those of the switch_distill.py of that --out, which then needs --snapshot-at 0.05 0.25 0.5.
+--out they are those of the switch_distill.py of that --out, which keeps the states that are needed by default.
 """
 
 import math
@@ -29,8 +29,8 @@ from scipy import stats
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-# T²·CE(q, softmax(z/T)), where q is the training label and T = 1; softmax(teacher/T); or, as the control for softness
-# alone, the label smoothed until its entropy is the teacher's mean entropy at T.
+# Each loss is T²·CE(q, softmax(z/T)). One-hot: q is the training label, and T = 1. KD: q is softmax(teacher/T).
+# Smoothed labels, the control for softness alone: q is the label, smoothed until its entropy is the teacher's mean one.
 LOSSES = dict(
     onehot=dict(color=claims.COLOURS["onehot"], label="one-hot"),
     kd=dict(color=claims.COLOURS["kd"], label="KD"),
@@ -180,12 +180,19 @@ def batch_weights(n, step_size, count, generator):
     return torch.cat(parts), rows
 
 
+def some_test_images(data, count):
+    """(uint8 images, labels) of `count` test images, or all, drawn evenly over classes: files may be sorted by them."""
+    chosen = torch.as_tensor(common.balanced_subset(data.y_test.cpu().numpy(), count, data.facts["data_seed"]))
+    chosen = chosen.to(data.device)
+    return data.x_test[chosen], data.y_test[chosen]
+
+
 def points_of(args, seed, data, chosen, x):
     """The `Points` of the training images `chosen`, whose teacher confidence is x [N]; the lowest x are the hardest."""
     quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * len(QUARTERS) // len(x)
     step_size = min(args.batch_size, len(data.y_train))
     weights, rows = batch_weights(len(x), step_size, args.batches, common.generator("denoise", seed))
-    test_images, test_labels = common.some_test_images(data, args.held_out or len(data.y_test))
+    test_images, test_labels = some_test_images(data, args.held_out or len(data.y_test))
     held_out = data.normalise(test_images).contiguous(), F.one_hot(test_labels, data.classes).float()
     images = data.normalise(data.x_train[chosen]).contiguous()
     return Points(images, held_out, quarter, weights.to(data.device), rows, step_size)
@@ -209,11 +216,13 @@ def measure(model, points, losses):
     """Statistics of each loss at the model's parameters: {loss: {statistic: float}}, with "deviation" an array [N].
 
     losses: {name: (targets [N, C], temperature)}. The model is in eval mode.
-    noise_scale: see there; "deviation" and "noise <quarter>" are the parts of points and quarters, whose mean it is
-    cos_held_out: cosine of mini-batch gradients with the full one-hot gradient on held-out images; mean over the
-        batches of each size
-    first_order: decrease of the held-out loss by a short step along a mini-batch gradient scaled to unit length, as a
-        share of what steepest descent gains: the cosine for batches of the training's size
+    noise_scale: as the function of that name estimates it
+    deviation: each point's part of it; the mean over points is the noise scale
+    noise <quarter>: the mean of these parts over a quarter
+    cos_held_out <size>: cosine of a mini-batch gradient with the full one-hot gradient on held-out images, mean over
+        the batches of that size
+    first_order: the same for batches of the training's size. It is what a short step along the gradient takes off the
+        held-out loss, as a share of what steepest descent takes off
     """
     uphill = mean_gradient(model, *points.held_out, 1.0)
     found = {}
@@ -242,23 +251,15 @@ def measure_seed(args, seed, data):
     states = {what: states_of(folders[what], args, seed, data) for what in LOSSES}
     settings = {name: getattr(args, name) for name in ("arch", "width", "batch_size", "temperature")}
     settings.update(vars(common.only_flags(args, add_measuring_flags)), data=data.facts)
-    settings.update(weights=[teacher.sha256], test_images="drawn evenly over classes")
+    settings.update(weights=[teacher.sha256])
     for what in LOSSES:
         settings["weights"] += [runs.weights_hash(state) for state in states[what].values()]
     kept = args.results / "seeds" / f"denoise-s{seed}.json"
     if args.overwrite:
         kept.unlink(missing_ok=True)
-
-    def compute():
-        accuracy = {what: runs.last_metrics(folders[what])["test_acc"] for what in LOSSES}
-        if teacher.model:
-            hits = engine.logits_of(teacher.model, data, data.x_test).argmax(1) == data.y_test
-            accuracy["teacher"] = hits.double().mean().item()
-        found = measurements(args, seed, data, states, logits, smoothing)
-        return dict(found, accuracy=accuracy)
-
     fit = (logits.argmax(1) == data.y_train).double().mean().item()
-    return dict(runs.kept_result(kept, settings, compute), fit=fit)
+    given = (args, seed, data, states, logits, smoothing)
+    return dict(runs.kept_result(kept, settings, measurements, *given), fit=fit)
 
 
 def measurements(args, seed, data, states, logits, smoothing):
@@ -331,7 +332,7 @@ def compare(seed, other):
     run at the same share of steps; (iii) the decrease at the shared parameters.
     """
     table = seed["table"]
-    shared = shared_checkpoints(seed["table"])
+    shared = shared_checkpoints(table)
     own = [log_ratio(table[other][p][other], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
     return {
         "i": np.mean([log_ratio(at[other], at["kd"]) for at in shared]),
@@ -343,8 +344,10 @@ def compare(seed, other):
 def link(seed):
     """Spearman correlations of each point's reduction with the gap Y − X: plain, and with X held fixed."""
     r = np.corrcoef([stats.rankdata(values) for values in (seed["reductions"]["shared"], seed["gap"], seed["x"])])
-    partial = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
-    return dict(plain=float(r[0, 1]), given_x=float(partial))
+    with_gap, with_x = r[0, 1:]  # of the reduction
+    gap_with_x = r[1, 2]
+    partial = (with_gap - with_x * gap_with_x) / math.sqrt((1 - with_x**2) * (1 - gap_with_x**2))
+    return dict(plain=float(with_gap), given_x=float(partial))
 
 
 def denoise_claims(seeds):
@@ -490,7 +493,6 @@ def main(argv=None):
     if args.train_only:
         return
     summary = dict(seeds=args.seeds, gradients=found[0]["gradients"], smoothing=[seed["smoothing"] for seed in found])
-    summary["accuracy"] = claims.over_seeds([seed["accuracy"] for seed in found])
     summary["link"] = claims.over_seeds([link(seed) for seed in found])
     summary["tables"] = claims.over_seeds([seed["table"] for seed in found])
     runs.write_json(args.results / "denoise.json", summary)

@@ -76,14 +76,13 @@ def fidelity_statistics(s):
     return dict(agreement=s[:, 1] / s[:, 0], accuracy=s[:, 2] / s[:, 0])
 
 
-def replicates(point, resamples=1000, rng=None):
+def replicates(point, resamples=1000):
     """Every statistic of one seed and split, on the points and on bootstrap draws of them.
 
     point: dict with `teacher` logits [N, C], `labels` [N] and `networks`, a dict of name to logits [N, C].
     Returns {(kind, network, statistic): array [1 + resamples]}, kind predicted, label or fidelity; entry 0 is the
     statistic itself. All networks see the same draws, so their differences are paired.
     """
-    rng = rng or np.random.default_rng(0)
     teacher, labels = point["teacher"], point["labels"]
     parts, means = [], {}
     for kind, classes in (("predicted", np.argmax(teacher, 1)), ("label", labels)):
@@ -94,7 +93,7 @@ def replicates(point, resamples=1000, rng=None):
     for name, logits in dict(point["networks"], teacher=teacher).items():
         parts.append(("fidelity", name, fidelity_columns(teacher, logits, labels), fidelity_statistics))
     every = np.concatenate([columns for _, _, columns, _ in parts], axis=1)
-    sums = claims.resampled_sums(every, resamples, rng)
+    sums = claims.resampled_sums(every, resamples, np.random.default_rng(0))
     out, start = {}, 0
     for kind, name, columns, statistics in parts:
         for key, values in statistics(sums[:, start : start + columns.shape[1]]).items():
@@ -137,10 +136,10 @@ def points_from_runs(seeds):
                 files[name] = Path(folders[name]) / "logits.npz"
         arrays = {name: runs.read_npz(file, runs.LOGITS) for name, file in files.items()}
         if "teacher" not in folders:
-            files = dict(teacher=Path(folders.get("taught", folders["student"])) / "teacher.npz", **files)
-            taught = runs.read_npz(files["teacher"], ["train_logits"], optional=["test_logits"])
-            arrays["teacher"] = dict(arrays["student"], test_logits=None)
-            arrays["teacher"].update(taught)
+            taught = Path(folders.get("taught", folders["student"])) / "teacher.npz"
+            files = dict(teacher=taught, **files)  # first, as below
+            logits = runs.read_npz(taught, ["train_logits"], optional=["test_logits"])
+            arrays["teacher"] = {**arrays["student"], "test_logits": None, **logits}  # the labels are the student's
         for split, found in points.items():
             if arrays["teacher"][f"{split}_logits"] is None:
                 continue
@@ -158,6 +157,13 @@ def points_from_runs(seeds):
 # ---------------------------------------------------------------- output
 
 
+def of_control(networks, statistic):
+    """What `claims.claim` takes of the control, {} without one; networks: {network: {statistic: measured}}."""
+    if "control" not in networks:
+        return {}
+    return dict(control=networks["control"][statistic], difference=networks["student-control"][statistic])
+
+
 def deviation_claims(tables, section="§3.1"):
     """Claims rows from {split: `measure` table}; section: where their headlines stand, None for no headlines.
 
@@ -166,16 +172,14 @@ def deviation_claims(tables, section="§3.1"):
     """
     rows = []
     for split, table in tables.items():
-        student, control = table["predicted"]["student"], table["predicted"].get("control")
-        less = table["predicted"].get("student-control")
-        both = {name: {} for name in ("slope", "low_below")}
-        if control:
-            both = {name: dict(control=control[name], difference=less[name]) for name in both}
+        networks = table["predicted"]
+        student = networks["student"]
         steep = f"{split}: slope of the student's fit exceeds 1"
-        slope = claims.claim(steep, "> 1", student["slope"], 1, **both["slope"])
+        slope = claims.claim(steep, "> 1", student["slope"], 1, **of_control(networks, "slope"))
         hardest = f"{split}: most of the teacher's hardest quarter lies below y = x"
-        below = claims.claim(hardest, "> 50%", student["low_below"], 0.5, unit="%", **both["low_below"])
-        if not control:
+        beside = of_control(networks, "low_below")
+        below = claims.claim(hardest, "> 50%", student["low_below"], 0.5, unit="%", **beside)
+        if "control" not in networks:
             for row in (slope, below):
                 row.update(verdict="unclear: no control", note="selection alone can cause this")
         if section and split == "train":
@@ -183,21 +187,21 @@ def deviation_claims(tables, section="§3.1"):
         if section == "§3.1" and split == "train":
             below = claims.headline(below, section)
         rows += [slope, below]
-        of_label = {network: measured["slope"] for network, measured in table["label"].items()}
-        against = dict(control=of_label.get("control"), difference=of_label.get("student-control"))
+        of_label = table["label"]
         note = "X and Y of the label instead of the predicted class"
         text = f"{steep} for the label's class"
-        rows.append(claims.claim(text, "> 1", of_label["student"], 1, note, **against))
-        if not control:
+        rows.append(claims.claim(text, "> 1", of_label["student"]["slope"], 1, note, **of_control(of_label, "slope")))
+        if "control" not in networks:
             continue
-        text = f"{split}: on the hardest quarter the student falls lower than the one-hot control"
+        less = networks["student-control"]
+        text = f"{split}: on the hardest quarter the student falls lower than the control"
         note = "mean Y − X, student minus control"
         lower = claims.claim(text, "< 0", less["low_gap"], 0, note, above=False)
         rows.append(claims.headline(lower, section) if section == "§3.1" else lower)
         text = f"{split}: the student's slope exceeds the control's"
         rows.append(claims.claim(text, "> 0", less["slope"], 0, "student minus control"))
         if split == "test":
-            text = f"{split}: the student is more accurate than the one-hot control"
+            text = f"{split}: the student is more accurate than the control"
             accuracy = table["fidelity"]["student-control"]["accuracy"]
             rows.append(claims.claim(text, "> 0", accuracy, 0, "difference of accuracies", unit="points"))
     return rows
@@ -215,6 +219,13 @@ def statistics_markdown(tables):
                         rows.append([split, kind, network, *(claims.cell(measured[key]) for key in names)])
         text += claims.markdown_table(["split", "class", "network", *names], rows) + "\n"
     return text
+
+
+def ends_of(values):
+    """Both ends of an axis for nearly all `values`, with a margin."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    margin = 0.03 * (high - low)
+    return np.array([low - margin, high + margin])
 
 
 def plot_one(axis, x, y, x_ends, y_ends, fit):
@@ -238,10 +249,8 @@ def plot(points, tables, folder, title):
         phi = {}
         for name in ("teacher", *networks):
             phi[name] = np.concatenate([phi_of_class(logits[name], logits["teacher"].argmax(1)) for logits in every])
-        pairs = (phi["teacher"], np.concatenate(list(phi.values())))
-        x_ends, y_ends = (np.quantile(values, [0.001, 0.999]) for values in pairs)
-        for ends in (x_ends, y_ends):
-            ends += 0.03 * np.ptp(ends) * np.array([-1, 1])
+        x_ends = ends_of(phi["teacher"])
+        y_ends = ends_of(np.concatenate(list(phi.values())))
         for axis, name in zip(row, networks, strict=True):
             fit = tables[split]["predicted"][name]
             plot_one(axis, phi["teacher"], phi[name], x_ends, y_ends, fit)
@@ -265,8 +274,8 @@ def report(points, out, title, resamples=2000, section="§3.1", why_not=None, qu
     section: see `deviation_claims`; why_not: why nothing is claimed; full: see `claims.save_claims`.
     """
     for split, seeds in points.items():
-        for teacher in [point["teacher"] for point in seeds]:
-            if np.ptp(phi_of_class(teacher, np.argmax(teacher, 1))) < 1e-9:
+        for point in seeds:
+            if np.ptp(phi_of_class(point["teacher"], point["teacher"].argmax(1))) < 1e-9:
                 raise InputError(f"the teacher is equally confident on all {split} points: check its logits")
     out.mkdir(parents=True, exist_ok=True)
     tables = {split: measure(seeds, resamples, quiet) for split, seeds in points.items()}

@@ -47,9 +47,10 @@ def gd_filter(eigenvalues, steps, lr):
 def equal_progress(top, low, teacher_time, share):
     """Theorem 4.1: teacher and student where both have progressed equally along the eigenvalue `top`.
 
-    The teacher stops at `teacher_time` T; both stand at `share` in (0, 1) of what it then has along `top`: the student,
-    trained on its predictions, at time s with A_top(s) = share, the teacher at t <= T. Returns (A_low(t),
-    A_low(s)·A_low(T)), teacher and student along `low`. Theorem: for 0 < low < top the second is strictly smaller.
+    The teacher stops at `teacher_time` T, and the student is trained on its predictions. Both are looked at where their
+    progress along `top` is `share` in (0, 1) of the teacher's last, A_top(T). The student is there at time s, with
+    A_top(s) = share; the teacher was there at t <= T. Returns their progress along `low`: A_low(t) of the teacher and
+    A_low(s)·A_low(T) of the student. Theorem: for 0 < low < top the second is strictly smaller.
     Proof: with q = low/top, A_low = g(A_top), g(a) = 1 − (1−a)^q, and g(a)·g(b) < g(a·b) on (0, 1), as a·g'(a)/g(a)
     increases in a for q < 1. Gradient descent: the same with −log(1 − ηλ)/η for λ (no overshoot).
     """
@@ -58,17 +59,21 @@ def equal_progress(top, low, teacher_time, share):
     return flow_filter(low, t), flow_filter(low, s) * flow_filter(low, teacher_time)
 
 
-# What the bias does: 30 directions λ_k = k^-1.5, 100 points. β* is random; its energy λβ*² falls (top) or rises (low)
-# along the directions as 1/k², its sum is 1. Teacher and student are trained for the same number of steps.
-DIRECTIONS, POINTS, STEPS, RATE = 30, 100, 60, 0.5
+# What the bias does. β* is random, and its energy λβ*² sums to 1. Over the directions it falls as 1/k² where the signal
+# is in the top ones, and rises so where it is in the low ones. Teacher and student take the same number of steps.
+DIRECTIONS = 30  # with λ_k = k^-1.5
+POINTS = 100
+STEPS = 60
+RATE = 0.5
 POWER_LAW = np.arange(1, DIRECTIONS + 1) ** -1.5
 NOISES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def risk(shares, beta, noise):
-    """E‖X(β̂ − β*)‖²/n of an estimator that keeps these shares [d] of least squares: bias and variance, as `noise`.
+    """Bias and variance, E‖X(β̂ − β*)‖²/n, of an estimator that keeps these shares [d] of least squares.
 
-    X has POINTS rows and XᵀX/n = diag(POWER_LAW); beta [d] is β*; noise is one standard deviation, or an array of them.
+    X has POINTS rows and XᵀX/n = diag(POWER_LAW). beta [d] is β*. noise is one standard deviation or an array of them,
+    and the result has its shape.
     """
     return (POWER_LAW * (1 - shares) ** 2 * beta**2).sum() + noise**2 / POINTS * (shares**2).sum()
 
@@ -78,8 +83,10 @@ def bias_variance(seed):
     rng = np.random.default_rng([4, seed])
     shares = gd_filter(POWER_LAW, STEPS, RATE)
     found = {}
-    for signal, order in (("top", slice(None)), ("low", slice(None, None, -1))):
-        energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1))[order] ** 2
+    for signal in ("top", "low"):
+        energy = (rng.standard_normal(DIRECTIONS) / np.arange(1, DIRECTIONS + 1)) ** 2
+        if signal == "low":
+            energy = energy[::-1]
         beta = rng.choice([-1, 1], DIRECTIONS) * np.sqrt(energy / energy.sum() / POWER_LAW)
         kept = dict(teacher=shares, student=shares**2)
         found[signal] = {name: risk(part, beta, np.array(NOISES)).tolist() for name, part in kept.items()}
@@ -128,8 +135,9 @@ def at_top(path, levels):
     for row, level in zip(rows, levels, strict=True):
         reached = np.flatnonzero(path[:, 0] >= level)
         if len(reached):
-            before, after = path[max(reached[0] - 1, 0)], path[reached[0]]
-            share = (level - before[0]) / (after[0] - before[0]) if reached[0] else 0.0
+            before = path[reached[0] - 1]  # there is one: paths begin at 0, levels lie above it
+            after = path[reached[0]]
+            share = (level - before[0]) / (after[0] - before[0])
             row[:] = before + share * (after - before)
     return rows
 
@@ -151,15 +159,18 @@ def confidence_gaps(logits, teacher_logits, finished):
 def compare(path, logits, teacher_path, teacher_logits):
     """A network beside its teacher at equal progress in the top bucket: bias (section 4) and confidence (section 3).
 
-    Paths [S, buckets] of progress and logits [S, N, C] in the same steps are interpolated alike, to 20 evenly spaced
-    levels of top progress that both networks pass, each where it first does. Returns lists and numbers: levels [L];
-    ratios [L], progress in the lower buckets over the teacher's, mean over the buckets; ratio, the same of averages
-    over levels (below 1: exaggeration; the teacher's own path *is* early stopping); low, high, `confidence_gaps`, mean
-    over the second half of the levels; gap, low − high. NaN where no level is shared.
+    Paths [S, buckets] of progress and logits [S, N, C] are of the same steps. Both are interpolated to 20 evenly spaced
+    levels of top progress that both networks reach, each where it is first reached. NaN where there is none. Returns
+    levels: [20];
+    ratios: [20], progress in the lower buckets over the teacher's, mean over the buckets;
+    ratio: the same, but progress is averaged over levels first. Below 1 the bias is exaggerated, since the teacher's
+        own path *is* early stopping;
+    low, high: `confidence_gaps`, mean over the second half of the levels;
+    gap: low − high.
     """
     buckets = path.shape[1]
-    lowest, highest = max(path[0, 0], teacher_path[0, 0]), min(path[:, 0].max(), teacher_path[:, 0].max())
-    levels = np.linspace(lowest, highest, 21)[1:] if highest > lowest else np.full(20, np.nan)
+    highest = min(path[:, 0].max(), teacher_path[:, 0].max())
+    levels = np.linspace(0, highest, 21)[1:] if highest > 0 else np.full(20, np.nan)
 
     def at_levels(progress, outputs):
         rows = at_top(np.column_stack([progress, outputs.reshape(len(outputs), -1)]), levels)
@@ -177,14 +188,15 @@ def compare(path, logits, teacher_path, teacher_logits):
 
 # ---------------------------------------------------------------- training
 
-# At T = 1 the student's loss is the teacher's and only the targets differ, as in the theorem. The smoothed network, the
-# control, is as soft as the teacher on average but knows nothing of it: by how much the student differs from it is not
-# softness. It often stops short of the teacher along the top directions, and is compared with it as far as both go.
+# At T = 1 the student's loss is the teacher's and only the targets differ, as in the theorem. The control is a network
+# trained on smoothed labels: as soft as the teacher on average, but knowing nothing of it. Where student and control
+# differ, the cause is not softness. The control often stops short of the teacher along the top directions; the two are
+# compared as far as both go.
 
 
 def observed_steps(steps):
     """About 40 log-spaced numbers of steps, from 0 to `steps`."""
-    return np.unique(np.round(np.geomspace(1, steps, 40)).astype(int).tolist() + [0]).tolist()
+    return sorted({0, *np.geomspace(1, steps, 40).round().astype(int).tolist()})
 
 
 def descend(model, inputs, targets, recipe, order_key, observe):
@@ -205,7 +217,8 @@ def descend(model, inputs, targets, recipe, order_key, observe):
         if step % per_epoch == 0:
             stream = common.generator("eigenspace order", order_key, step // per_epoch)
             order = torch.randperm(n, generator=stream).to(inputs.device)
-        index = order[step % per_epoch * batch :][:batch]
+        start = step % per_epoch * batch
+        index = order[start : start + batch]
         loss = common.soft_loss(model(inputs[index]), targets[index], 1.0).mean()
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data.sub_(gradient, alpha=lr)
@@ -279,13 +292,8 @@ def build_classifier(arch, data, width, key):
 
 
 def first_layer(model):
-    """The first convolution or linear layer; InputError where its weights would not tell the network's progress."""
-    layer = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if layer is None or normed or getattr(layer, "groups", 1) != 1:
-        what = "the first layer must be a plain convolution or a linear layer, and no batch normalisation follow it"
-        raise InputError(f"{what}: choose other --archs")
-    return layer
+    """The first convolution or linear layer, whose weights tell the network's progress."""
+    return next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
 
 
 def first_layer_inputs(layer, images, limit=200_000):
@@ -330,16 +338,16 @@ TIE = "at equal top progress the student is less confident than its teacher on h
 def linear_claims(results):
     """Claims of least squares: where the bias helps, and where it hurts."""
     rows = []
-    for signal, noise, helps in (("top", 4.0, True), ("low", 0.25, False)):
+    for signal, noise, expected in (("top", 4.0, "< 0"), ("low", 0.25, "> 0")):
         text = f"linear: log risk, student minus teacher, signal in {signal} directions, noise {noise:g}"
         ratios = [np.divide(result[signal]["student"], result[signal]["teacher"]) for result in results]
         measured = claims.over_seeds(np.log(ratios)[:, NOISES.index(noise)])
-        rows.append(claims.claim(text, "< 0" if helps else "> 0", measured, 0, above=not helps))
+        rows.append(claims.claim(text, expected, measured, 0, above=expected == "> 0"))
     return rows
 
 
 def beside_control(text, measure, threshold, seeds):
-    """The claim that a measure of the student is below the threshold, and the verdict on that claim of its control."""
+    """The claim that the student's `measure` is below the threshold, and the verdict on that claim of the control."""
     student, control = (np.array([seed[name][measure] for seed in seeds]) for name in ("student", "smoothed"))
     note = runs.fit_note(np.mean([seed["train_accuracy"] for seed in seeds]))
     if measure == "gap":
@@ -359,7 +367,7 @@ def classifier_claims(data, results):
     for joint, text, measure, threshold in (("all networks", BELOW, "ratio", 1), ("§4 ↔ §3", TIE, "gap", 0)):
         verdicts, of_controls = {}, []
         for arch, seeds in results.items():
-            network = NAMES.get(arch, arch)
+            network = NAMES[arch]
             row, of_control = beside_control(f"{data}, {network}: {text}", measure, threshold, seeds)
             verdicts[network] = row["verdict"]
             of_controls.append(of_control)
@@ -417,8 +425,8 @@ def plot_network(paths, ratios, seeds):
             ratios.plot(levels, curves.T, color=color, lw=0.4, alpha=0.4)
             ratios.plot(levels, mean, color=color)
             ratios.fill_between(levels, low, high, color=color, alpha=0.15, lw=0)
-    top, *_, lowest = (f"directions {start + 1}–{end}" for start, end in seeds[0]["buckets"])
-    paths.set(xlabel=f"progress, {top}", ylabel=f"progress, {lowest}")
+    names = [f"directions {start + 1}–{end}" for start, end in seeds[0]["buckets"]]
+    paths.set(xlabel=f"progress, {names[0]}", ylabel=f"progress, {names[-1]}")
     ratios.axhline(1, color=BLACK, lw=0.8)
     ratios.set(xlabel="equal top progress", ylabel="ratio of lower progress")
 
@@ -428,7 +436,7 @@ def plot_tie(axis, results):
     for network, color in COLOURS.items():
         axis.plot([], [], color=color, label=network)
     for marker, (arch, seeds) in zip(itertools.cycle("os^Dvp"), results.items(), strict=False):
-        axis.plot([], [], marker, color="0.5", label=NAMES.get(arch, arch))
+        axis.plot([], [], marker, color="0.5", label=NAMES[arch])
         for network in ("student", "smoothed"):
             ratio, gap = ([seed[network][measure] for seed in seeds] for measure in ("ratio", "gap"))
             axis.plot(ratio, gap, marker, color=COLOURS[network], ms=5, alpha=0.8, mew=0)
@@ -451,7 +459,7 @@ def plot_classifiers(results, folder, title):
     figure, axes = claims.pyplot().subplot_mosaic(rows, figsize=size, width_ratios=(1, 1, 1.7))
     for arch, seeds in results.items():
         plot_network(axes[f"paths {arch}"], axes[f"ratios {arch}"], seeds)
-        axes[f"paths {arch}"].set_title(NAMES.get(arch, arch), loc="left", fontweight="bold")
+        axes[f"paths {arch}"].set_title(NAMES[arch], loc="left", fontweight="bold")
     plot_tie(axes["tie"], results)
     claims.legend_below(figure, axes["tie"], 7)
     figure.suptitle(title)
@@ -462,7 +470,7 @@ def each_seed(args, name, settings, compute, *given):
     """[compute(*given, seed)], each kept in --out; from there when a command with the same settings has kept it."""
     results = []
     for seed in args.seeds:
-        file = args.out / "seeds" / f"{name.replace(':', '-')}-s{seed}.json"
+        file = args.out / "seeds" / f"{name}-s{seed}.json"
         if args.overwrite:
             file.unlink(missing_ok=True)
         results.append(runs.kept_result(file, settings, compute, *given, seed))
@@ -474,8 +482,7 @@ def main(argv=None):
     common.add_data_flags(parser)
     group = parser.add_argument_group("networks")
     add = group.add_argument
-    archs = "linear, mlp, cnn, or torchvision:<name> of one without batch normalisation"
-    add("--archs", nargs="+", default=list(CLASSIFIERS), help=archs)
+    add("--archs", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS), help="which ones")
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
     add("--steps", type=number(int, 2), help="steps of each network (default: by architecture)")
     add("--lr", type=number(float, 0, 1e30, open_low=True), help="times 1/λ1 (default: by architecture)")
@@ -489,14 +496,12 @@ def main(argv=None):
     runs.check_seeds(args.seeds)
     args.device = engine.use_device(args.device)
     data = common.data_from(args)
-    for arch in args.archs:  # refused before anything is written
-        first_layer(build_classifier(arch, data, args.width, 0))
 
     constants = dict(directions=DIRECTIONS, points=POINTS, steps=STEPS, rate=RATE, noises=list(NOISES))
     linear = each_seed(args, "least-squares", constants, bias_variance)
     results = {}
     for arch in args.archs:
-        preset = CLASSIFIERS.get(arch, CLASSIFIERS["cnn"])
+        preset = CLASSIFIERS[arch]
         recipe = dict(width=args.width, buckets=BUCKETS, batch_size=args.batch_size, data=data.facts)
         recipe.update(lr=args.lr or preset["lr"], steps=args.steps or preset["steps"])
         results[arch] = each_seed(args, f"network-{arch}", recipe, classifier_seed, data, arch, recipe)

@@ -115,14 +115,13 @@ def load_teacher(run, data, step=None):
     last_step = lines[-1].get("step", 0)
     stopped = step is not None and step < last_step
     path = Path(run) / (f"snapshot-{step}.pt" if stopped else "checkpoint.pt")
-    if stopped and not path.exists():
-        fix = runs.train_again(run, flags=f" --snapshot-at {step / last_step:g}")
-        raise InputError(f"{path} does not exist: {fix}")
     with runs.reading(path, f"it does not fit {arch}: {runs.train_again(run)}"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
-    by_step = {line.get("step"): line.get("test_acc") for line in lines}
-    recorded = by_step.get(step) if stopped else runs.last_metrics(run)["test_acc"]
+    if stopped:
+        recorded = {line.get("step"): line.get("test_acc") for line in lines}.get(step)
+    else:
+        recorded = runs.last_metrics(run)["test_acc"]
     measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
     # Float noise between devices flips a few points, bf16 some more: only a run's end is evaluated in full precision.
     # Written so that a recorded NaN is refused too.
@@ -141,7 +140,8 @@ class TeacherFromElsewhere(nn.Module):
 
     def __init__(self, model, data, mean=None, std=None, size=None):
         super().__init__()
-        self.model, self.size = model, size
+        self.model = model
+        self.size = size
         # x = (pixels − data.mean) / data.std is wanted as (pixels − mean) / std = scale·x + shift.
         own_mean, own_std = data.mean.cpu(), data.std.cpu()
         mean = torch.tensor(mean).float() if mean else own_mean
@@ -221,7 +221,9 @@ def open_teacher(args, seed, data, trained=None):
     """
     if bool(args.teacher) + bool(args.teacher_logits) + bool(trained) != 1:
         raise InputError("give one of --teacher (a run folder, or weights) and --teacher-logits")
-    name = str(args.teacher or args.teacher_logits or trained).replace("{seed}", str(seed))
+    name = str(trained)
+    if not trained:
+        name = (args.teacher or args.teacher_logits).replace("{seed}", str(seed))
     if args.teacher_logits or args.teacher_arch:
         return teacher_from_elsewhere(name, args, data)
     if Path(name).is_file():
@@ -270,10 +272,10 @@ class TeacherLogits:
     """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or from a table.
 
     The table [N · n_views, C], of every view of every image, is made when it is first needed, where a run of `epochs`
-    would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. It has the same
-    logits, up to the rounding of convolutions over batches of other sizes. plain: in place of a model, logits [N, C] of
-    the un-augmented images, for every view of each. name and facts tell config.json which teacher it is; logits are
-    those of a teacher from elsewhere.
+    would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. It holds the
+    logits of a forward, up to the rounding of convolutions over batches of other sizes.
+    plain: in place of a model, logits [N, C] of the un-augmented images, which serve for every view. name and facts
+    tell config.json which teacher it is. logits: those of a teacher from elsewhere.
     """
 
     def __init__(self, model, data, precision="fp32", epochs=0, name="", plain=None):
@@ -403,8 +405,6 @@ def train(
                 line.update(evaluate(epoch + 1, step == total))
                 check_finite(run, args, step, model, sums, line)
                 history.append(line)
-                if "test_acc" in line:
-                    line["best_test_acc"] = max(past.get("test_acc", 0.0) for past in history)
                 runs.write_metrics(run, history)
                 if not args.quiet:
                     bar.write("  ".join(f"{key} {line[key]:.4g}" for key in line if key not in NOT_SHOWN))
@@ -434,7 +434,10 @@ def progress(sums, spent, started, amount):
 def set_learning_rate(optimizer, lr):
     """In place where the rate lies in a device tensor, which a CUDA graph reads."""
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def check_finite(run, args, step, model, sums, line=None):
@@ -456,7 +459,7 @@ def optimiser_step(model, optimizer, loss_of, sums, clip=None):
 
     def take_step(batch, ce_weight, kd_weight):  # nothing in it waits for the device
         loss, hits, n = loss_of(batch, ce_weight, kd_weight)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         if clip:  # the largest norm of the gradient
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -522,15 +525,19 @@ def captured_step(take_step, model, optimizer, batch_size, sums):
 
 
 def evaluated(epoch, args, data):
-    """Whether the test images are evaluated after that epoch (from 1): the first, the last, and evenly between."""
+    """Whether the test images are evaluated after that epoch (from 1).
+
+    By --eval-every, else after the first, the last, and evenly between.
+    """
     if args.eval_every:
         return epoch % args.eval_every == 0
     # 20 times in a run, or as often as 4% of its time allow: an evaluated image takes a third of a trained one's. Five
     # times at least, for the curves.
     affordable = round(0.04 * 3 * args.epochs * len(data.y_train) / len(data.y_test))
     times = max(5, min(20, affordable))
-    part, part_before = epoch * times // args.epochs, (epoch - 1) * times // args.epochs
-    return epoch in (1, args.epochs) or part > part_before
+    part = epoch * times // args.epochs
+    part_before = (epoch - 1) * times // args.epochs
+    return epoch == 1 or part > part_before
 
 
 def image_loss(network, data, loss_fn, teacher, args):
@@ -539,7 +546,7 @@ def image_loss(network, data, loss_fn, teacher, args):
     def loss_of(batch, ce_weight, kd_weight):
         index, view = batch
         images, labels = data.batch(index, view), data.y_train[index]
-        distils = torch.is_tensor(kd_weight) or kd_weight > 0
+        distils = torch.is_tensor(kd_weight) or kd_weight > 0  # a tensor in a CUDA graph that distils
         teacher_logits = teacher(images, index, view) if distils else None
         with autocast(images.device.type, args.precision):
             loss, logits = loss_fn(network, images, labels, teacher_logits, ce_weight, kd_weight, args)
@@ -587,7 +594,7 @@ def train_images(
         order, views = (part.to(device) for part in common.epoch_stream(data, role, seed, epoch))
         return [(index, views[index]) for index in order[: per_epoch * batch].split(batch)]
 
-    def step(batch, ce_weight, kd_weight):
+    def step_with_teacher(batch, ce_weight, kd_weight):
         if kd_weight:
             teacher.ready()  # outside of the graph
         take_step(batch, ce_weight, kd_weight)
@@ -603,7 +610,7 @@ def train_images(
     def rates(step):
         return common.learning_rate(step, args, per_epoch), *weights_at(step)
 
-    train(run, args, model, optimizer, per_epoch, batches, step, sums, rates, evaluate, snapshots, start)
+    train(run, args, model, optimizer, per_epoch, batches, step_with_teacher, sums, rates, evaluate, snapshots, start)
     save_logits(run, model, data)
 
 
@@ -615,18 +622,16 @@ def check_folders(networks, args, data):
     """
     given = vars(args).get("teacher") or vars(args).get("teacher_logits")
     for seed, folders in zip(args.seeds, networks, strict=True):
-        for name in ("teacher", "onehot", "kd", "student"):
-            if name not in folders or name == "teacher" and given:
-                continue
-            role = "student"
-            adders = [common.add_flags, common.add_student_flags]
-            if name == "teacher":
-                role = "teacher"
-                adders = [common.add_flags]
-            flags = common.only_flags(common.one_hot_flags(args) if name == "onehot" else args, *adders)
-            if role == "student" and not flags.kd_weight:
-                flags.temperature = None
-            runs.check_planned(folders[name], flags, role, seed, data)
+        if "teacher" in folders and not given:
+            runs.check_planned(folders["teacher"], common.only_flags(args, common.add_flags), "teacher", seed, data)
+        for name in ("onehot", "kd", "student"):
+            if name in folders:
+                flags = common.only_flags(args, common.add_flags, common.add_student_flags)
+                if name == "onehot":
+                    flags = common.one_hot_flags(flags)
+                if not flags.kd_weight:
+                    flags.temperature = None  # as in `train_student`
+                runs.check_planned(folders[name], flags, "student", seed, data)
 
 
 def train_teacher(run, args, seed, data):
@@ -644,8 +649,8 @@ def train_student(run, args, seed, data, loss_fn, teacher=None, weights_at=None,
     """Train one student in the run folder `run`, unless it is finished already.
 
     args: all flags of a script; weights_at: by default the two flags throughout; facts go into config.json and are
-    compared; all else: see `train_images`. Students of one seed share initialisation, order and views, none of them
-    with a teacher of that seed.
+    compared; all else: see `train_images`. Students of one seed share initialisation, order and views with each other,
+    but not with a teacher of that seed.
     """
     args = common.only_flags(args, common.add_flags, common.add_student_flags)
     if loss_fn is common.one_hot_loss:
@@ -658,8 +663,8 @@ def train_student(run, args, seed, data, loss_fn, teacher=None, weights_at=None,
     def flags_throughout(step):
         return args.ce_weight, args.kd_weight
 
-    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     weights_at = weights_at or flags_throughout
+    model = common.build_model(args.arch, data.classes, data.facts["image"], args.width, ("student", seed))
     with runs.locked(run):
         if runs.start_run(run, args, "student", seed, data, model, **known):
             if teacher and teacher.logits:  # for Figure 1a, which finds no run folder of this teacher

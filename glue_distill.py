@@ -16,11 +16,11 @@ import csv
 import hashlib
 import math
 import re
-from collections import namedtuple
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import claims
 import common
@@ -35,10 +35,20 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- texts and tokens
 
-# Of a published task: folder in --data-dir, columns of texts and label, classes in the order of Hugging Face, and the
-# columns of texts there, with the repository.
 GLUE = "nyu-mll/glue"
-Published = namedtuple("Published", "folder columns label classes hub_columns repository", defaults=[GLUE])
+
+
+class Published(NamedTuple):
+    """A published task, in files and on the hub."""
+
+    folder: str  # in --data-dir
+    columns: list  # of the texts, in its files
+    label: str  # the label's column there
+    classes: list  # in the order of Hugging Face
+    hub_columns: list  # of the texts, on the hub
+    repository: str = GLUE
+
+
 PAIR = ["sentence1", "sentence2"]
 BINARY = ["0", "1"]
 ENTAILMENT = ["entailment", "not_entailment"]
@@ -66,22 +76,25 @@ class Split:
 
     texts: list
     labels: np.ndarray
-    clean: np.ndarray  # the same, but of the embedded task the more probable classes
+    clean: np.ndarray  # the labels; for the embedded task the more probable class
 
     def take(self, index):
         return Split([self.texts[k] for k in index], self.labels[index], self.clean[index])
 
     def columns(self):
         """The first texts, and the second ones or None, as lists."""
-        first, *second = (list(column) for column in zip(*self.texts, strict=True))
-        return first, second[0] if second else None
+        columns = [list(column) for column in zip(*self.texts, strict=True)]
+        if len(columns) == 1:
+            columns.append(None)
+        return columns
 
 
 def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
-    """One of TASKS, or csv:PATH, as a namespace of three.
+    """One of TASKS, or csv:PATH, as a namespace of splits, index and facts.
 
-    splits {name: Split}: train, test and, of MNLI, mismatched; index [n_train]: places in the full training set; facts:
-    for config.json. subset: that many training texts, a seeded and nested draw; 0 for all. columns: see `read_csv`.
+    splits is {name: Split}: train, test and, for MNLI, mismatched. index [n_train] has the place of each training text
+    in the full training set. facts go into config.json. subset is the number of training texts, 0 for all. It is a
+    seeded draw, and smaller ones lie within larger ones. columns: see `read_csv`.
     InputError for an unknown task, a torn or missing file, or too few texts.
     """
     if name == "sentiment":
@@ -98,7 +111,8 @@ def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
         raise InputError(f"--subset {subset} is larger than the {n} training texts of {name}: use at most {n}, or 0")
     order = torch.randperm(n, generator=common.generator("subset", data_seed)).numpy()
     index = np.sort(order[: subset or n])
-    splits["train"], test = splits["train"].take(index), splits["test"]
+    splits["train"] = splits["train"].take(index)
+    test = splits["test"]
     if min(len(np.unique(split.labels)) for split in splits.values()) < 2 or len(test.labels) < 8:
         raise InputError(f"{name}: each split needs two classes, and test 8 texts: give more data or a larger --subset")
     known = set(splits["train"].texts)
@@ -118,15 +132,16 @@ def load_task(name, data_dir="data", subset=0, data_seed=0, columns=None):
 def published(name, data_dir, data_seed):
     """(class names, splits) of a published task, from its files in data_dir or data_dir/glue, else from the hub."""
     task = PUBLISHED[name]
-    config = name.replace("-", "")
-    ending = "tsv"
-    parts = dict(train="train", test="dev")
-    if name == "mnli":
-        parts.update(test="dev_matched", mismatched="dev_mismatched")
-    if task.repository != GLUE:
+    if task.repository == GLUE:
+        config = name.replace("-", "")
+        ending = "tsv"
+        parts = dict(train="train", test="dev")
+    else:
         config = None
         ending = "csv"
         parts = dict(train="train", test="test")
+    if name == "mnli":
+        parts.update(test="dev_matched", mismatched="dev_mismatched")
     for folder in (data_dir / task.folder, data_dir / "glue" / task.folder):
         if folder.is_dir() and ending == "csv":
             return csv_splits(folder, data_seed)
@@ -157,19 +172,21 @@ def read_tsv(path, name):
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     rows = [(k, line.rstrip("\r").split("\t")) for k, line in enumerate(lines, 1) if line.strip("\r")]
     if name == "cola":  # has no header
-        rows.insert(0, (0, ["source", "label", "star", "sentence"]))
-    header = rows.pop(0)[1] if rows else []
+        header = ["source", "label", "star", "sentence"]
+    else:
+        header = rows.pop(0)[1] if rows else []
     missing = [column for column in (*task.columns, task.label) if column not in header]
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
-    *places, label = (header.index(column) for column in (*task.columns, task.label))
+    places = [header.index(column) for column in task.columns]
+    label = header.index(task.label)
     texts, labels = [], []
     for k, row in rows:
         if len(row) == len(header) and row[label] in task.classes:
             texts.append(tuple(row[place] for place in places))
             labels.append(task.classes.index(row[label]))
         elif name != "qqp":
-            what = f"the row has not {len(header)} columns, or not the label {' or '.join(task.classes)}"
+            what = f"the row does not have {len(header)} columns, or its label is not {' or '.join(task.classes)}"
             raise InputError(f"{path}, line {k}: {what}: repair or remove that line")
     if len(texts) < len(rows):
         print(f"{path}: {len(rows) - len(texts)} torn rows skipped")
@@ -180,7 +197,8 @@ def read_tsv(path, name):
 def csv_splits(path, data_seed, columns=None):
     """(class names, splits) of a folder's train.csv and test.csv, or of a file, a seeded fifth of its texts is test."""
     if path.is_dir():
-        (texts, words), (more, more_words) = (read_csv(path / f"{part}.csv", columns) for part in ("train", "test"))
+        texts, words = read_csv(path / "train.csv", columns)
+        more, more_words = read_csv(path / "test.csv", columns)
         in_test = np.repeat([False, True], [len(texts), len(more)])
         texts, words = texts + more, words + more_words
         if len({len(text) for text in texts}) > 1:
@@ -259,9 +277,9 @@ def read_csv(path, columns=None):
             what = f"the row must have {len(header)} columns (it has {len(row)}), a text and a label"
             raise InputError(f"{path}, line {start}: {what}: repair or remove it")
         # Two stray quotes join rows to a cell of several lines, of which one has all columns and a known label.
-        lines = "\n".join(cell for cell in row if len(cell.splitlines()) > 1).splitlines()
-        for cells in [line.split(",") for line in lines]:
-            if len(cells) == len(header) and cells[label] in known:
+        for cell in row:
+            lines = [line.split(",") for line in cell.splitlines()]
+            if len(lines) > 1 and any(len(cells) == len(header) and cells[label] in known for cells in lines):
                 raise InputError(f"{path}, line {start}: a cell holds whole rows: close the quote that opens there")
     texts = [tuple(row[k] for k in places.values()) for _, row in rows]
     return texts, [row[label].strip() for _, row in rows]
@@ -275,7 +293,8 @@ ADJECTIVES = {
     -2: "dreadful awful tedious painful hollow clumsy lifeless hideous".split(),
 }
 THINGS = "plot acting dialogue score pacing ending cast photography humour script premise lead editing romance villain"
-THINGS, VERBS = THINGS.split(), "is was seems feels looked remains".split()
+THINGS = THINGS.split()
+VERBS = "is was seems feels looked remains".split()
 INTENSIFIERS = {"": 1.0, "very": 1.5, "truly": 1.5, "rather": 0.75, "slightly": 0.5}
 
 
@@ -292,27 +311,36 @@ def sentiment(n, part, data_seed):
         return words[rng.integers(len(words))]
 
     def clause(sign):
-        negated, count = rng.random() < 0.3, sign * int(rng.integers(1, 3))
-        intensifier = pick(list(INTENSIFIERS)) if rng.random() < 0.6 else ""
-        thing, verb = pick(THINGS), pick(VERBS)
-        adjective = pick(ADJECTIVES[-count if negated else count])
-        words = ("the", thing, verb, "not" * negated, intensifier, adjective)
-        return " ".join(filter(None, words)), count * INTENSIFIERS[intensifier] * (0.6 if negated else 1.0)
+        negated = rng.random() < 0.3
+        points = sign * int(rng.integers(1, 3))
+        intensifier = ""
+        if rng.random() < 0.6:
+            intensifier = pick(list(INTENSIFIERS))
+        words = ["the", pick(THINGS), pick(VERBS)]
+        score = points * INTENSIFIERS[intensifier]
+        if negated:
+            points = -points
+            score *= 0.6
+            words.append("not")
+        words += [intensifier, pick(ADJECTIVES[points])]
+        return " ".join(filter(None, words)), score
 
-    texts, scores = [], []
+    texts, totals = [], []
     for _ in range(n):
-        sign, form = rng.choice((-1, 1)), rng.random()
+        sign = rng.choice((-1, 1))
+        form = rng.random()
         text, score = clause(sign)
         if form < 0.25:
             other, more = clause(sign)
-            text, score = f"{text} and {other}", score + more
+            text = f"{text} and {other}"
+            score += more
         elif form < 0.6:
             other, less = clause(-sign)
             text = f"{other} but {text}" if form < 0.45 else f"although {other} , {text}"
             score += 0.4 * less
         texts.append((f"{text} .",))
-        scores.append(score)
-    positive = 1 / (1 + np.exp(-2 * np.array(scores)))
+        totals.append(score)
+    positive = 1 / (1 + np.exp(-2 * np.array(totals)))
     labels = (rng.random(n) < positive).astype(np.int64)
     return Split(texts, labels, (positive > 0.5).astype(np.int64))
 
@@ -326,7 +354,9 @@ def byte_level_bpe(texts, vocab_size):
     special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size, 2, show_progress=False, special_tokens=list(special.values()))
-    bpe._tokenizer.post_processor = RobertaProcessing(*((word, bpe.token_to_id(word)) for word in ("</s>", "<s>")))
+    end = ("</s>", bpe.token_to_id("</s>"))
+    start = ("<s>", bpe.token_to_id("<s>"))
+    bpe._tokenizer.post_processor = RobertaProcessing(end, start)
     special.update(cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
@@ -374,10 +404,11 @@ def size_of(name):
 
 
 def prepare(name, data, args):
-    """What all runs of one model share, a namespace, of a size, hub id or local folder; InputError where it fits not.
+    """What all runs of one model share, as a namespace; name is a size, a hub id or a local folder.
 
-    name; config of transformers; tokens {split: Tokens}, of a pair the longer text cut first; facts for config.json;
-    rows of a saved classifier's head in the task's order of classes, [] where it is for other classes, else None.
+    config is that of transformers. tokens is {split: Tokens}; of a pair the longer text is cut first. facts go into
+    config.json. rows are those of a saved classifier's head in the task's order of classes: [] where that head is for
+    other classes, None where there is no head. InputError where the model does not fit.
     """
     make = scratch_model if size_of(name) else saved_model
     config, tokenizer, rows = make(name, data, args)
@@ -425,7 +456,8 @@ def saved_model(name, data, args):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         texts = data.splits["train"].columns()[0][:200]
         # Where files are missing, transformers makes up an empty tokenizer, to which every text is unknown.
-        unknown = sum(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
+        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        unknown = sum(set(ids) == {tokenizer.unk_token_id} for ids in tokens)
         whole = len(tokenizer) >= 50 and unknown <= 0.9 * len(texts) and tokenizer.pad_token_id is not None
         # A number beyond the vocabulary would read past the embedding's end.
         within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
@@ -467,10 +499,11 @@ def build_classifier(model, key):
         with runs.reading(f"model {model.name}", "check its weights and its config.json"):
             network, info = AutoModelForSequenceClassification.from_pretrained(model.name, **options)
         encoder = f"{network.base_model_prefix}."  # the head, and BERT's pooler, may be new
-        odd = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+        odd = {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
         lost = sorted(name for name in odd if name.startswith(encoder) and "pooler" not in name)
         if lost:
             raise InputError(f"model {model.name} lacks {len(lost)} weights, as {lost[0]}: give its own config.json")
+        # A head of other classes, though maybe of as many: the encoder alone goes into a network with a new one.
         if model.rows == []:
             saved = {name: weights for name, weights in network.state_dict().items() if name.startswith(encoder)}
             network = AutoModelForSequenceClassification.from_config(model.config)
@@ -554,9 +587,11 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     def evaluate(epoch, at_end):
         line = {}
         precision = "fp32" if at_end else args.precision  # what a run ends with is quoted
-        for key in [key for key in data.splits if key != "train"]:
+        for key, split in data.splits.items():
+            if key == "train":
+                continue
             logits = logits_of(network, model.tokens[key], precision)
-            targets = torch.as_tensor(data.splits[key].labels)
+            targets = torch.as_tensor(split.labels)
             line[f"{key}_acc"] = (logits.argmax(1) == targets).double().mean().item()
             line[f"{key}_loss"] = F.cross_entropy(logits, targets).item()
         return line
@@ -593,12 +628,13 @@ def scores(predicted, labels, resamples):
 
     acc: accuracy; mcc, f1: Matthews correlation and F1 of class 1, 0 where all are of one class, or predicted to be.
     """
-    one, told = labels == 1, predicted == 1
-    columns = np.stack([np.ones(len(labels)), predicted == labels, one, told, one & told], axis=1)
-    n, right, one, told, both = claims.resampled_sums(columns, resamples, np.random.default_rng(0)).T
-    spread = np.sqrt(one * (n - one)) * np.sqrt(told * (n - told))
-    mcc = (n * both - one * told) / np.maximum(spread, 1)
-    return dict(acc=right / n, mcc=mcc, f1=2 * both / np.maximum(one + told, 1))
+    positive = labels == 1
+    told = predicted == 1
+    columns = np.stack([np.ones(len(labels)), predicted == labels, positive, told, positive & told], axis=1)
+    n, right, ones, told_ones, both = claims.resampled_sums(columns, resamples, np.random.default_rng(0)).T
+    spread = np.sqrt(ones * (n - ones)) * np.sqrt(told_ones * (n - told_ones))
+    mcc = (n * both - ones * told_ones) / np.maximum(spread, 1)
+    return dict(acc=right / n, mcc=mcc, f1=2 * both / np.maximum(ones + told_ones, 1))
 
 
 def report_scores(folders, data, args):
@@ -612,19 +648,25 @@ def report_scores(folders, data, args):
     rows = []
     for network in folders[0]:
         row = dict(network=network)
+        files = [of_seed[network] / "logits.npz" for of_seed in folders]
         for key, split in data.splits.items():
-            files = [of_seed[network] / "logits.npz" for of_seed in folders]
             logits = [runs.read_npz(file, [f"{key}_logits"])[f"{key}_logits"] for file in files]
             found = [scores(of_seed.argmax(1), split.labels, args.bootstrap) for of_seed in logits]
-            for name in ["acc"] if key == "train" else names:
-                draws[network, f"{key}_{name}"] = [of_seed[name] for of_seed in found]
-                row[f"{key}_{name}"] = claims.combine(draws[network, f"{key}_{name}"])
+            shown = names
+            if key == "train":
+                shown = ["acc"]
+            for name in shown:
+                column = f"{key}_{name}"
+                draws[network, column] = [of_seed[name] for of_seed in found]
+                lowest = -1.0 if name == "mcc" else 0.0
+                row[column] = claims.within(claims.combine(draws[network, column]), lowest)
         rows.append(row)
     over = f"{claims.scope(len(folders), len(folders))}; {runs.fit_note(rows[0]['train_acc']['value'])}"
     runs.write_json(args.results / "glue.json", dict(task=data.facts, intervals=f"95%, {over}", rows=rows))
     lines = []
-    for network, *scored in map(dict.values, rows):
-        lines.append([network, *(claims.cell(score, 100, 2) for score in scored)])
+    for row in rows:
+        cells = [claims.cell(row[column], 100, 2) for column in row if column != "network"]
+        lines.append([row["network"], *cells])
     table = claims.markdown_table(list(rows[0]), lines)
     runs.write_text(args.results / "glue.md", f"Intervals: 95%, {over}.\n\n{table}")
     print(table)
@@ -636,7 +678,8 @@ def report_scores(folders, data, args):
         found.append(claims.claim("the teacher reaches 90% of the Bayes accuracy", "> 0.9", share, 0.9))
     if names[-1] != "acc":
         for student in args.student:
-            kd, onehot = (np.stack(draws[f"{student} {what}", f"test_{names[-1]}"]) for what in ("kd", "onehot"))
+            kd = np.stack(draws[f"{student} kd", f"test_{names[-1]}"])
+            onehot = np.stack(draws[f"{student} onehot", f"test_{names[-1]}"])
             text = f"{student}: KD has the higher {names[-1].upper()} on the dev set"
             found.append(claims.claim(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
     if found:

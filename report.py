@@ -90,7 +90,8 @@ def read_run(folder):
     if facts.get("teacher_sha256"):  # earlier versions name it among the flags, or not at all
         teacher = str(facts.get("teacher") or flags.get("teacher") or "").replace("{seed}", "*")
     seed = re.compile(rf"^(.*)(?<![\d.]){config['seed']}(?![\w.])")  # the last place that names it
-    run.name, run.teacher = (seed.sub(r"\1*", name) for name in (folder.as_posix(), teacher))
+    run.name = seed.sub(r"\1*", folder.as_posix())
+    run.teacher = seed.sub(r"\1*", teacher)
     if facts.get("teacher_arch"):
         run.teacher += f" ({facts['teacher_arch']})"
     # A name does not say everything: runs are pooled where all flags are the same too.
@@ -110,8 +111,9 @@ def how_trained(role, flags, facts, last_step):
         return f"{ARROWS[facts['switch']['direction']]} at s = {facts['switch']['step'] / last_step:.2g}"
     if not flags["kd_weight"]:
         return "one-hot"
-    name = facts["loss"][0] if facts.get("loss") else "def student_loss("  # its first line
-    name = name.removeprefix("def ").partition("(")[0]
+    name = "student_loss"
+    if facts.get("loss"):  # its first line; earlier versions did not note it down
+        name = facts["loss"][0].removeprefix("def ").partition("(")[0]
     if name == "student_loss":
         name = "KD and one-hot" if flags["ce_weight"] else "KD"
     return f"{name}, T = {flags['temperature']:g}"
@@ -136,15 +138,22 @@ def read_figure(file):
     content = io.BytesIO()
     image.convert("RGBA").save(content, "WEBP", quality=70, method=6)  # it keeps the page small
     found = SimpleNamespace(folder=file.parent, caption=FIGURES.get(file.stem, file.stem), webp=content.getvalue())
-    found.command, found.source = image.info.get("Command", ""), base64.b64encode(found.webp).decode()
+    found.command = image.info.get("Command", "")
+    found.source = base64.b64encode(found.webp).decode()
     return found
 
 
 def read_row(file):
-    """The row of the Figure 1a whose deviation.json is `file`: test accuracies, all else of training points."""
+    """The row of the Figure 1a whose deviation.json is `file`: test accuracies, all else of training points.
+
+    None without a control, or without one of the two splits, as logits of a user's own may be.
+    """
     kept = runs.read_json(file)
     picture = file.with_name("fig1a.json")  # earlier versions left no fig1a.json
-    train, test = (kept["tables"][split] for split in ("train", "test"))
+    if set(kept["tables"]) != {"train", "test"} or "control" not in kept["tables"]["test"]["predicted"]:
+        return None
+    train = kept["tables"]["train"]
+    test = kept["tables"]["test"]
     slope, below = deviation.deviation_claims({"train": train})[:2]
     row = {name: test["fidelity"][name]["accuracy"]["value"] for name in ("teacher", "control", "student")}
     row.update(fit=train["fidelity"]["teacher"]["accuracy"]["value"], seeds=kept["seeds"], slope=slope, below=below)
@@ -178,7 +187,7 @@ def keep(file, title, trained, tables, figures, args, skipped):
     kept["commits"] = sorted(filter(None, {*(run.commit for run in trained), runs.versions()["git_commit"]}))
     kept["commands"] = sorted(filter(None, {made.command for made in (*trained, *figures)}))
     kept["claims"] = {table.folder.as_posix(): runs.read_json(table.folder / "claims.json") for table in tables}
-    kept["rows"] = read_all(read_row, files_below(args.results, "deviation.json"), skipped)
+    kept["rows"] = list(filter(None, read_all(read_row, files_below(args.results, "deviation.json"), skipped)))
     runs.write_json(file, dict(kept, runs=run_tables(trained)))
     if figures:
         runs.write_atomic(file.with_suffix(".webp"), figures[0].webp)
@@ -192,7 +201,12 @@ def side_by_side(kept):
     found = {}
     for k, setting in enumerate(kept):
         for row in claims.headlines(sum(setting["claims"].values(), [])):
-            found.setdefault((row["section"], row["claim"]), [None] * len(kept))[k] = row
+            cells = found.setdefault((row["section"], row["claim"]), [None] * len(kept))
+            if cells[k]:
+                raise runs.InputError(
+                    f"{setting['title']} has two rows of {row['claim']!r}: keep one setting in a file"
+                )
+            cells[k] = row
     return sorted(found.items(), key=lambda item: claims.SECTIONS.index(item[0][0]))
 
 

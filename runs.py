@@ -91,19 +91,22 @@ def reading(what, fix="restore it or make it again"):
 def interruptible():
     """A list that SIGINT and SIGTERM append to, instead of ending the process, so that a run can save first."""
     stop = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in numbers}
+
+    def remember(signum, frame):
+        stop.append(signum)
+
+    handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def exit_interrupted():
     """Say how to continue what was interrupted and saved, and exit 130."""
     if "--overwrite" in sys.argv:
-        print("note: what --overwrite has not reached keeps its old runs, for the next line leaves it out")
+        print("note: runs that --overwrite has not reached are kept: the next line is without it")
     print(f"interrupted; continue with: {command_line()}")
     raise SystemExit(130)
 
@@ -130,7 +133,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that answers a bad flag with one line and exit code 2."""
 
-    defaults = {}  # of the command's flags: what a run without one of them, of an earlier version, was trained with
+    defaults = {}  # {flag: default}: what a run of an earlier version, which lacks a new flag, was trained with
 
     def __init__(self, docstring):
         layout = functools.partial(_Help, max_help_position=30)
@@ -153,7 +156,8 @@ def number(kind, low, high=None, open_high=False, open_low=False):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or open_low and value == low or open_high and value == high:
+        at_open_end = open_low and value == low or open_high and value == high
+        if at_open_end or not low <= value <= high:  # written so that NaN is refused
             raise argparse.ArgumentTypeError(f"{text} is outside {ends}")
         return value
 
@@ -212,7 +216,7 @@ def read_json(path):
 
 
 def read_npz(path, keys=None, optional=()):
-    """{key: array} of an .npz: all of `keys` (None: of any), and of `optional` what it has; else InputError."""
+    """{key: array} of an .npz: `keys` (None: all it has) and those of `optional` it has; InputError if it lacks one."""
     with reading(path, train_again(Path(path).parent, "check the path, or make it again")):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -327,13 +331,14 @@ def versions():
     hardware = platform.processor() or platform.machine()
     with suppress(OSError, TypeError):  # where Linux tells the CPU's model
         hardware = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
     commit = ""
     with suppress(OSError):  # no git here
         words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         alone = dict(os.environ, GIT_CEILING_DIRECTORIES=str(here.parent))  # not that of a folder above
         commit = subprocess.run(words, cwd=here, capture_output=True, text=True, env=alone).stdout.strip()
     found = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware
     return dict(found, git_commit=commit or None, hardware=hardware, threads=torch.get_num_threads())
 
 
@@ -344,7 +349,8 @@ LOGITS = ("train_logits", "train_labels", "train_clean_labels", "train_index", "
 
 def read_array(path):
     """An array [N] or [N, C] from FILE.npy, .npz, .pt, .pth, .safetensors or .csv; FILE:NAME is one of several."""
-    file, name = str(path), None
+    file = str(path)
+    name = None
     of_several = re.fullmatch(r"(.+\.(?:npz|pt|pth|safetensors)):(.+)", file)
     if of_several:
         file, name = of_several.groups()
@@ -363,10 +369,10 @@ def read_array(path):
                 return arrays
     names = [name] if name else list(arrays)
     if len(names) != 1 or names[0] not in arrays:
-        raise InputError(f"{file} holds {', '.join(arrays) or 'no arrays'}: name one as {file}:NAME")
+        raise InputError(f"{file} holds {', '.join(map(str, arrays)) or 'no arrays'}: name one as {file}:NAME")
     if not isinstance(arrays, dict):
         return read_npz(file, names)[names[0]]
-    tensor = arrays[names[0]]
+    tensor = arrays[names[0]].detach()
     if tensor.is_floating_point():
         tensor = tensor.float()  # numpy has no bfloat16
     return tensor.numpy()
@@ -379,11 +385,12 @@ def _csv_array(file):
         raise ValueError("its first column is an index, as pandas writes it: save it with index=False")
     if cells.shape[1] > 1 and cells[0].tolist() == [str(k) for k in range(cells.shape[1])]:
         cells = cells[1:]  # the header of pandas for columns without names
-    for first in (0, 1):  # line 0 may be a header
-        with suppress(ValueError):  # words
-            cells = cells[first:].astype(float)
-            break
-    if cells.dtype == float and np.array_equal(cells, cells.round()):
+    try:
+        cells = cells.astype(float)
+    except ValueError:  # line 0 is a header, or all are words
+        with suppress(ValueError):
+            cells = cells[1:].astype(float)
+    if cells.dtype == float and np.isfinite(cells).all() and np.array_equal(cells, cells.round()):
         cells = cells.astype(np.int64)
     return cells[:, 0] if cells.shape[1] == 1 else cells
 
@@ -437,8 +444,8 @@ def check_labels(labels, name, logits):
 
 
 def agreement(predicted, other, classes):
-    """(share of points [N] on which both agree, that share by chance, whether the first is clearly above the other)."""
-    # Rows in another order are readable and give figures, but then one is independent of the other.
+    """(share of points [N] on which both agree, the share expected by chance, whether the first is clearly larger)."""
+    # Files whose rows are in different orders can be read and drawn: only an agreement at chance betrays them.
     shares = [np.bincount(values, minlength=classes) / len(values) for values in (predicted, other)]
     chance = float(shares[0] @ shares[1])
     agreed = float((predicted == other).mean())
@@ -472,8 +479,8 @@ def teacher_hash(file):
 
 # Flags that say where and how to run, not what: a run may be continued with other values of them. The last line is of
 # flags and facts that only runs of earlier versions have.
-NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds snapshot_at fast facts.teacher".split()
-NOT_COMPARED += ["facts.teacher_test_acc", "facts.teacher_train_acc"]
+NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds snapshot_at fast".split()
+NOT_COMPARED += ["facts.teacher", "facts.teacher_test_acc", "facts.teacher_train_acc"]
 NOT_COMPARED += ["teacher", "teacher_cache", "tensorboard", "facts.switch.window"]
 RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|(checkpoint|snapshot-\d+)\.pt|(logits|teacher)\.npz")
 
@@ -542,8 +549,8 @@ def start_run(run, args, role, seed, data, model, **facts):
     path = run / "config.json"
     if not path.exists():
         others = [file.name for file in run.iterdir() if not file.name.startswith(".lock")]
-        lost = args.overwrite and all(map(RUN_FILE.fullmatch, others))
-        if others and not lost:
+        discardable = args.overwrite and all(map(RUN_FILE.fullmatch, others))  # a run that lost its config.json
+        if others and not discardable:
             fix = "choose another --out; if it was a run, --overwrite trains it again"
             raise InputError(f"{run} is not empty and has no config.json: {fix}")
     teacher = facts.get("teacher")
@@ -578,10 +585,11 @@ def flags_of(args, data):
 def refuse_other(run, config):
     """InputError when the run folder `run` holds a run of another `config`: of those of its parts that are given."""
     before = read_config(run)
-    pairs = []
-    before["flags"] = {**{key: Parser.defaults.get(key) for key in config["flags"]}, **before["flags"]}
+    for key in config["flags"]:  # one that is newer than the run has its default
+        before["flags"].setdefault(key, Parser.defaults.get(key))
     if "facts" in config:  # earlier versions did not note down the loss
         before["facts"].setdefault("loss", config["facts"].get("loss"))
+    pairs = []
     for key in ("role", "seed", "flags", "data", "facts"):
         if key in config:
             pairs += _differences({key: before.get(key)}, {key: config[key]})
@@ -617,9 +625,9 @@ def source_of(function):
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         except (OSError, SyntaxError):
             return None
-        body = tree.body[0].body
-        if ast.get_docstring(tree.body[0]) and len(body) > 1:
-            del body[0]
+        definition = tree.body[0]  # of a lambda an assignment
+        if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) and len(definition.body) > 1:
+            del definition.body[0]
         lines += ast.unparse(tree).splitlines()
     return lines
 

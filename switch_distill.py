@@ -71,6 +71,8 @@ def train_seed(base, args, seed, data):
     if args.teacher or args.teacher_logits:
         teacher = engine.open_teacher(args, seed, data)
         folders["teacher"] = Path(teacher.name)
+        if teacher.logits:  # from a file of weights or logits: there is no run folder
+            del folders["teacher"]
     else:
         engine.train_teacher(folders["teacher"], args, seed, data)
         teacher = engine.open_teacher(args, seed, data, trained=folders["teacher"])
@@ -80,7 +82,7 @@ def train_seed(base, args, seed, data):
     kept = common.snapshot_steps(args, data) | set(switches.values())
 
     engine.train_student(folders["onehot"], flags["onehot"], seed, data, common.one_hot_loss, snapshots=kept)
-    engine.train_student(folders["kd"], args, seed, data, common.student_loss, teacher, snapshots=kept)
+    engine.train_student(folders["kd"], flags["kd"], seed, data, common.student_loss, teacher, snapshots=kept)
     for direction in args.direction:
         before, after = SWITCHES[direction]
         for s, switch_step in switches.items():
@@ -95,29 +97,31 @@ def train_seed(base, args, seed, data):
             switch = dict(direction=direction, step=switch_step)
             more = dict(weights_at=weights_at, start=start, switch=switch)
             engine.train_student(folders[direction, s], flags[after], seed, data, common.student_loss, teacher, **more)
-    if teacher.logits:
-        del folders["teacher"]
     return folders
 
 
 # ---------------------------------------------------------------- measures
 
 
-def accuracy_sums(folders, resamples, rng):
+def accuracy_sums(folders, resamples):
     """Test accuracies [1 + B, R] of the run `folders` [R] of one seed: on the test points, then on bootstrap draws."""
     correct, first = [], None
-    for file in [run / "logits.npz" for run in folders]:
+    for run in folders:
+        file = run / "logits.npz"
         arrays = runs.read_npz(file, ("test_logits", "test_labels"))
         logits = runs.check_logits(arrays["test_logits"], file, first)
-        first = logits if first is None else first
+        if first is None:
+            first = logits
         correct.append(logits.argmax(1) == runs.check_labels(arrays["test_labels"], file, logits))
-    return claims.resampled_sums(np.stack(correct, axis=1).astype(float), resamples, rng) / len(first)
+    return claims.resampled_sums(np.stack(correct, axis=1).astype(float), resamples, np.random.default_rng(1)) / len(
+        first
+    )
 
 
 def recovered(per_seed):
     """Accuracy, gain and recovered gain, paired, from each seed's `accuracy_sums` of (switched, onehot, kd).
 
-    It is None, with the reason beside it, when the gain is not above 0 with its whole interval.
+    The recovered gain is None, with the reason beside it, where the gain's interval is not wholly above 0.
     """
     stacked = np.stack(per_seed)  # [S, 1 + B, 3]
     accuracy, onehot, kd = stacked[..., 0], stacked[..., 1], stacked[..., 2]
@@ -131,24 +135,25 @@ def recovered(per_seed):
 
 def switch_table(folders, args):
     """A row for each (direction, s): accuracy, gain, recovered gain, deviations; folders: each seed's `train_seed`."""
-    rows, deviations = [], {}
+    rows, measured = [], {}
     switches = [name for name in folders[0] if isinstance(name, tuple)]
     for direction, s in tqdm(switches, "measuring", leave=False, disable=args.quiet or None):
         students = tuple(of_seed[direction, s] for of_seed in folders)
         per_seed, roles = [], []
         for student, of_seed in zip(students, folders, strict=True):
             compared = (student, of_seed["onehot"], of_seed["kd"])
-            per_seed.append(accuracy_sums(compared, args.bootstrap, np.random.default_rng(1)))
+            per_seed.append(accuracy_sums(compared, args.bootstrap))
             roles.append(dict(student=student, control=of_seed["onehot"], taught=of_seed["kd"]))
             if "teacher" in of_seed:
                 roles[-1]["teacher"] = of_seed["teacher"]
         row = dict(direction=direction, s=s, runs=[str(run) for run in students], **recovered(per_seed))
-        if students not in deviations:  # the trunks stand in both directions
+        if students not in measured:  # the trunks stand in both directions
             points = deviation.points_from_runs(roles)
-            measured = {split: deviation.measure(points[split], args.bootstrap) for split in points}
-            deviations[students] = {split: measured[split]["predicted"] for split in points}
-            fit = measured["train"]["fidelity"]["teacher"]["accuracy"]["value"]
-        rows.append(dict(row, deviation=deviations[students], fit=fit))
+            measured[students] = {split: deviation.measure(points[split], args.bootstrap) for split in points}
+        tables = measured[students]
+        row["deviation"] = {split: table["predicted"] for split, table in tables.items()}
+        row["fit"] = tables["train"]["fidelity"]["teacher"]["accuracy"]["value"]
+        rows.append(row)
     return rows
 
 
@@ -276,6 +281,7 @@ def main(argv=None):
     if not args.kd_weight:
         raise InputError("--kd-weight 0 leaves nothing to switch to: give it a weight above 0")
     args.switch_at = sorted(set(args.switch_at))
+    args.direction = list(dict.fromkeys(args.direction))
     data = common.data_from(args)
     if not args.train_only:
         args.results.mkdir(parents=True, exist_ok=True)

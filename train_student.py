@@ -33,9 +33,11 @@ def main(argv=None):
     folders = {seed: runs.run_folder(args, seed, f"{runs.default_name(args)}-{what}") for seed in args.seeds}
     engine.check_folders([dict(student=run) for run in folders.values()], args, data)
     for seed, run in folders.items():
-        teacher, loss_fn = None, common.one_hot_loss
+        teacher = None
+        loss_fn = common.one_hot_loss
         if args.kd_weight:
-            teacher, loss_fn = engine.open_teacher(args, seed, data), common.student_loss
+            teacher = engine.open_teacher(args, seed, data)
+            loss_fn = common.student_loss
         engine.train_student(run, args, seed, data, loss_fn, teacher, snapshots=kept)
 
 

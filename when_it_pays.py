@@ -39,15 +39,25 @@ MEASURES = {
     "control_low_below": ("train", "predicted", "control", "low_below"),
     "low_gap": ("train", "predicted", "student-control", "low_gap"),
 }
-PERCENT = [name for name, key in MEASURES.items() if key[-1] in ("accuracy", "low_below")]
+PERCENT = [name for name, key in MEASURES.items() if key[-1] in deviation.SHARES]
 
 
-def train_seed(base, args, seed, data, shares):
+def run_folders(base, shares, seed):
+    """{"teacher", "onehot" (the control) or a share of `shares`: run folder}, of one seed."""
+    folders = {name: Path(f"{base}-{name}-s{seed}") for name in ("teacher", "onehot")}
+    for share in shares:
+        folders[share] = Path(f"{base}-kd-of-{share:g}-s{seed}")
+        if share == 1:
+            folders[share] = Path(f"{base}-kd-s{seed}")
+    return folders
+
+
+def train_seed(folders, args, seed, data, shares):
     """Train the teacher, the one-hot control, and a student of the teacher as it was at each of `shares`.
 
-    shares: {share of training: step}. Returns for each of them what `points_of` takes.
+    folders: its `run_folders`; shares: {share of training: step}. Returns for each of them what `points_of` takes.
     """
-    teacher_run, control = Path(f"{base}-teacher-s{seed}"), Path(f"{base}-onehot-s{seed}")
+    teacher_run, control = folders["teacher"], folders["onehot"]
     engine.train_teacher(teacher_run, args, seed, data)
     _, total = common.total_steps(args, data)
     wanted = " ".join(f"{share:g}" for share in args.snapshot_at)
@@ -59,12 +69,11 @@ def train_seed(base, args, seed, data, shares):
     engine.train_student(control, common.one_hot_flags(args), seed, data, common.one_hot_loss, snapshots=kept)
     found = []
     for share, step in shares.items():
-        student = Path(f"{base}-kd-s{seed}" if share == 1 else f"{base}-kd-of-{share:g}-s{seed}")
         snapshots = kept if share == 1 else ()
         model = engine.load_teacher(teacher_run, data, step)
         teacher = engine.TeacherLogits(model, data, args.precision, args.epochs, teacher_run)
-        engine.train_student(student, args, seed, data, common.student_loss, teacher, snapshots=snapshots)
-        found.append((model, student, control))
+        engine.train_student(folders[share], args, seed, data, common.student_loss, teacher, snapshots=snapshots)
+        found.append((model, folders[share], control))
     return found
 
 
@@ -91,6 +100,8 @@ def measure(seeds, resamples):
     table = {}
     for name, (split, *key) in MEASURES.items():
         table[name] = claims.combine([found[split][tuple(key)] for found in per_seed])
+        if name in PERCENT:
+            table[name] = claims.within(table[name], -1.0 if name in ("lead", "gain") else 0.0)
     return table
 
 
@@ -98,8 +109,11 @@ def pays_claims(rows):
     """Claims rows: what rises with the teacher's fit, and what the student of the last teacher gains."""
     found = []
     last = rows[-1]
-    rising = {"lead": "the student's lead over its own teacher", "slope": "the student's train slope"}
-    rising["gain"] = "the gain over one-hot (of which the paper says nothing)"
+    rising = {
+        "lead": "the student's lead over its own teacher",
+        "slope": "the student's train slope",
+        "gain": "the gain over one-hot (of which the paper says nothing)",
+    }
     if len(rows) > 1:
         for name, text in rising.items():
             gain = claims.over_seeds(np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"]))
@@ -118,14 +132,16 @@ def pays_claims(rows):
 def pays_markdown(rows):
     """A line for each stopped teacher: MEASURES, in percent where they are shares."""
     header = ["stopped at"]
-    lines = [[f"{row['share']:g}"] for row in rows]
     for name in MEASURES:
-        text, scale, digits = name.replace("_", " "), 1, 2
+        header.append(name.replace("_", " "))
         if name in PERCENT:
-            text, scale, digits = f"{text} %", 100, 1
-        header.append(text)
-        for line, row in zip(lines, rows, strict=True):
-            line.append(claims.cell(row[name], scale, digits))
+            header[-1] += " %"
+    lines = []
+    for row in rows:
+        lines.append([f"{row['share']:g}"])
+        for name in MEASURES:
+            text = claims.cell(row[name], 100, 1) if name in PERCENT else claims.cell(row[name], 1, 2)
+            lines[-1].append(text)
     return claims.markdown_table(header, lines)
 
 
@@ -171,11 +187,13 @@ def main(argv=None):
     shares = {share: round(share * total) for share in sorted(set(args.stop_at))}
     args.snapshot_at = sorted({*args.snapshot_at, *(share for share in shares if share < 1)})
     base = args.out or f"runs/{runs.default_name(args)}"
-    networks = []
-    for seed in args.seeds:
-        networks.append({name: f"{base}-{name}-s{seed}" for name in ("teacher", "onehot", "kd")})
+    networks = [run_folders(base, shares, seed) for seed in args.seeds]
     engine.check_folders(networks, args, data)
-    trained = [train_seed(base, args, seed, data, shares) for seed in args.seeds]
+    for share in shares:
+        engine.check_folders([dict(student=folders[share]) for folders in networks], args, data)
+    trained = []
+    for seed, folders in zip(args.seeds, networks, strict=True):
+        trained.append(train_seed(folders, args, seed, data, shares))
     if args.train_only:
         return
 

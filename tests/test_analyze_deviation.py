@@ -104,7 +104,9 @@ def test_bad_logits_get_one_line(files):
     ]
     for flag, value, message in cases:
         assert message in input_error(analyze_deviation, *files, "--out", "never", flag, value)
-    assert "needs --student-logits and --labels" in input_error(analyze_deviation, *files[:4])
+    assert "--teacher-logits, --student-logits and --labels are needed together" in input_error(
+        analyze_deviation, *files[:4]
+    )
     assert "give either" in input_error(analyze_deviation)
     assert not Path("never").exists()
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
+import denoise_gradients
 import runs
 import train_student
 import train_teacher
@@ -167,9 +168,9 @@ def test_some_test_images_are_of_all_classes_though_the_files_are_sorted_by_them
     data = common.load_data("digits")
     order = data.y_test.argsort()
     data = dataclasses.replace(data, x_test=data.x_test[order], y_test=data.y_test[order])
-    images, labels = common.some_test_images(data, 100)
+    images, labels = denoise_gradients.some_test_images(data, 100)
     assert images.shape == (100, 8, 8, 1) and (labels.bincount() >= 9).all()
-    every = common.some_test_images(data, 2000)
+    every = denoise_gradients.some_test_images(data, 2000)
     assert torch.equal(every[0], data.x_test) and torch.equal(every[1], data.y_test)
 
 

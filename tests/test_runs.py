@@ -93,7 +93,7 @@ def test_the_command_to_continue_with_keeps_the_scripts_folder(monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [script, "--overwrite", "--out", "my runs/{seed}", "--seeds", "0", "1"])
     code, lines, _ = ending(KeyboardInterrupt(), capsys)
     assert code == 130
-    assert len(lines) == 2 and lines[0].startswith("note: what --overwrite has not reached keeps its old runs")
+    assert len(lines) == 2 and lines[0].startswith("note: runs that --overwrite has not reached are kept")
     assert lines[1] == f"interrupted; continue with: python '{script}' --out 'my runs/{{seed}}' --seeds 0 1"
 
 
@@ -400,7 +400,6 @@ def test_a_run_folder_holds_what_was_trained(name, tiny_runs):
         assert np.array_equal(logits[key], tensor.numpy())
     lines = runs.read_metrics(run)
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert lines[-1]["best_test_acc"] == max(line["test_acc"] for line in lines)
     assert lines[-1]["test_acc"] == pytest.approx((logits["test_logits"].argmax(1) == logits["test_labels"]).mean())
 
 
