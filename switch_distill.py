@@ -113,9 +113,8 @@ def accuracy_sums(folders, resamples):
         if first is None:
             first = logits
         correct.append(logits.argmax(1) == runs.check_labels(arrays["test_labels"], file, logits))
-    return claims.resampled_sums(np.stack(correct, axis=1).astype(float), resamples, np.random.default_rng(1)) / len(
-        first
-    )
+    hits = np.stack(correct, axis=1).astype(float)
+    return claims.resampled_sums(hits, resamples, np.random.default_rng(1)) / len(hits)
 
 
 def recovered(per_seed):
