@@ -482,7 +482,7 @@ def main(argv=None):
     common.add_data_flags(parser)
     group = parser.add_argument_group("networks")
     add = group.add_argument
-    add("--archs", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS), help="which ones")
+    add("--archs", nargs="+", choices=list(CLASSIFIERS), default=list(CLASSIFIERS), help="which ones")
     add("--width", type=number(float, 0, 64, open_low=True), default=0.5, help="multiplies the models' channels")
     add("--steps", type=number(int, 2), help="steps of each network (default: by architecture)")
     add("--lr", type=number(float, 0, 1e30, open_low=True), help="times 1/λ1 (default: by architecture)")
