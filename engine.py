@@ -107,7 +107,7 @@ def load_teacher(run, data, step=None):
         if there != here:
             fix = "give both the same --data, --subset, --label-noise and --data-seed"
             raise InputError(f"teacher {run} was trained on data with {key} {there}, the student's has {here}: {fix}")
-    with runs.reading(f"{run}/config.json", runs.train_again(run)):
+    with runs.reading(f"{run}/config.json", "train that run again", run):
         arch, width = config["arch"], config["flags"]["width"]
         model = common.build_model(arch, data.classes, data.facts["image"], width)
     model = model.to(data.device)

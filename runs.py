@@ -75,13 +75,18 @@ def _exit_with(message):
 
 
 @contextmanager
-def reading(what, fix="restore it or make it again"):
-    """Turn whatever a library raises while it reads `what` into our one line, with the `fix`."""
+def reading(what, fix="restore it or make it again", run=None):
+    """Turn whatever a library raises while it reads `what` into our one line, with the `fix`.
+
+    run: the folder in which it lies; where that is a run's, its own command is the fix.
+    """
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # numpy, zip, pickle, PIL, json, a hub: each raises kinds of its own on damaged files
+        if run is not None:
+            fix = train_again(run, fix)
         if isinstance(error, FileNotFoundError) and error.filename:  # torchvision's names none
             raise InputError(f"{error.filename} does not exist: {fix}") from None
         raise InputError(f"{what} cannot be read ({first_line(error)}): {fix}") from None
@@ -217,7 +222,7 @@ def read_json(path):
 
 def read_npz(path, keys=None, optional=()):
     """{key: array} of an .npz: `keys` (None: all it has) and those of `optional` it has; InputError if it lacks one."""
-    with reading(path, train_again(Path(path).parent, "check the path, or make it again")):
+    with reading(path, "check the path, or make it again", Path(path).parent):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys or ['arrays'])}")
@@ -256,7 +261,7 @@ def load_tensors(file, device="cpu"):
 
 def load_checkpoint(path, device="cpu"):
     """The dict in a checkpoint file, tensors only (no code of it is run); InputError when it is torn or has changed."""
-    with reading(path, train_again(Path(path).parent)):
+    with reading(path, "train that run again", Path(path).parent):
         content = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip():  # torch.load does not compare the checksums that torch.save writes
@@ -270,7 +275,7 @@ def load_checkpoint(path, device="cpu"):
 def read_metrics(run):
     """All lines of a run's metrics.jsonl as dicts; InputError when one is missing or not what a run writes."""
     path = Path(run) / "metrics.jsonl"
-    with reading(path, train_again(run)):
+    with reading(path, "train that run again", run):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         check_metrics(lines)
         if not lines:
