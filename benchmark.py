@@ -1,6 +1,7 @@
-"""Speed of training: this engine against the way peer repositories train, in images per second.
+"""Speed of training: this engine against the way peer repositories train, in images (or sentences) per second.
 
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
+    python benchmark.py --encoder data/minilm     # and glue_distill.py, against transformers' Trainer
 
 The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
 of distillation, the loss read in every step. A speedup is over its best number of workers. Ours, in the real engine:
@@ -9,13 +10,16 @@ of distillation, the loss read in every step. A speedup is over its best number 
     table          for distillation: teacher logits looked up, as in a run of more epochs than an image has views
     two processes  two seeds side by side, each with half of the threads
 
-Whole epochs of random 32×32 images, the first left out as warm-up, median of the rest; evaluation and checkpoints are
-outside. Writes benchmark.json and benchmark.md into --out.
+Whole epochs, of random 32×32 images or of sentences of SST-2, the first left out as warm-up, median of the rest;
+evaluation, checkpoints and tokenisation are outside. Writes benchmark.json and benchmark.md into --out.
 """
 
+import csv
 import functools
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +29,7 @@ import claims
 import common
 import engine
 import runs
-from runs import number
+from runs import InputError, number
 
 import numpy as np
 import torch
@@ -34,6 +38,13 @@ import torch.nn.functional as F
 TEMPERATURE = 4.0
 WORKERS = (0, 1, 2, 8)  # of the peers' DataLoader
 PEERS_BATCH = 64
+SENTENCES = 2000
+TEXT_BATCH = 32
+TRAINERS = {  # the peers' ways with text: settings of transformers' TrainingArguments (version 5)
+    "Trainer, fp32": {},
+    "Trainer, bf16": dict(bf16=True),
+    "Trainer, bf16, grouped by length": dict(bf16=True, train_sampling_strategy="group_by_length"),
+}
 
 
 def random_data(images, device):
@@ -129,31 +140,109 @@ def ours(flags, images, table=False, processes=1):
         return list(pool.map(one, range(processes)))
 
 
-def measure(args, arch, kd):
-    """[dict]: the rows of one architecture and loss; `speedup` is over the best row of the peers."""
+# ---------------------------------------------------------------- text
+
+
+def trainer_rates(args, sentences, settings):
+    """Sentences per second of each epoch, after one of warm-up, of transformers' Trainer on [(sentence, label)]."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # it warns of the new head
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.encoder)
+    rows = [dict(tokenizer(text, truncation=True, max_length=128), labels=label) for text, label in sentences]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.encoder)
+    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    once = dict(num_train_epochs=1, per_device_train_batch_size=TEXT_BATCH, learning_rate=2e-5)
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        with runs.reading("transformers' Trainer", "pip install accelerate"):
+            flags = transformers.TrainingArguments(folder, use_cpu=args.device == "cpu", **once, **quiet, **settings)
+        padding = transformers.DataCollatorWithPadding(tokenizer)
+        trainer = transformers.Trainer(model, flags, train_dataset=rows, data_collator=padding)
+        for _ in range(args.epochs + 1):
+            started = time.perf_counter()
+            trainer.train()
+            rates.append(len(rows) / (time.perf_counter() - started))
+    return rates[1:]
+
+
+def script_rates(args, sentences):
+    """The same of glue_distill.py, {one-hot or KD: rates}."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("train", sentences), ("test", sentences[:100])):
+            with open(f"{folder}/{name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("text", "label"), *rows])
+        words = (
+            f"--task csv:{folder} --epochs {args.epochs + 1} --batch-size {TEXT_BATCH} --device {args.device}".split()
+        )
+        words += ["--teacher", args.encoder, "--student", args.encoder, "--out", f"{folder}/run"]
+        script = Path(__file__).with_name("glue_distill.py")
+        done = subprocess.run(
+            [sys.executable, script, *words, "--train-only", "--quiet"], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise InputError(f"glue_distill.py: {done.stderr.strip()}")
+        name = Path(args.encoder).name
+        runs_of = {"one-hot": f"{folder}/run-{name}-onehot-s0", "KD": f"{folder}/run-{name}-{name}-kd-s0"}
+        rates = {}
+        for loss, run in runs_of.items():
+            rates[loss] = [len(sentences) / line["seconds"] for line in runs.read_metrics(run)[1:]]
+        return rates
+
+
+def read_sentences(path, count):
+    """The first [(sentence, label 0 or 1)] of SST-2's train.tsv, at most `count`."""
+    with runs.reading(path, "give SST-2's train.tsv as --sentences"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[1 : count + 1]
+        pairs = [line.split("\t") for line in lines if line]
+        return [(text, int(label)) for text, label in pairs]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def timed(model, loss, way, batch, rates):
+    """A row of the table; rates: items per second of each epoch of each process."""
+    speed = sum(statistics.median(of_process) for of_process in rates)
+    print(f"{model}, {loss}, {way}, batch {batch}: {speed:.0f} per second", flush=True)
+    return dict(model=model, loss=loss, way=way, batch=batch, per_second=speed, rates=rates)
+
+
+def beside_best(peer_rows, rows):
+    """All these rows, with `speedup`, which is over the best of `peer_rows`."""
+    best = max(row["per_second"] for row in peer_rows)
+    return [dict(row, speedup=row["per_second"] / best) for row in (*peer_rows, *rows)]
+
+
+def measure_images(args, arch, kd):
+    """The rows of one architecture and loss."""
     data = random_data(args.images, args.device)
-    loss = "KD" if kd else "one-hot"
-    rows = []
-
-    def add_row(way, batch, rates):
-        """rates: of each epoch of each process."""
-        speed = sum(statistics.median(of_process) for of_process in rates)
-        rows.append(dict(arch=arch, loss=loss, way=way, batch=batch, images_per_s=speed, rates=rates))
-        print(f"{arch}, {loss}, {way}, batch {batch}: {speed:.0f} images/s", flush=True)
-
+    row = functools.partial(timed, arch, "KD" if kd else "one-hot")
+    peer_rows = []
     for workers in WORKERS:
-        add_row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)])
-    best = max(row["images_per_s"] for row in rows)
+        peer_rows.append(row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)]))
+    rows = []
     for batch in args.batch_size:
         flags = student_flags(args, arch, kd, batch)
         eager = student_flags(args, arch, kd, batch, "--no-fast")
-        add_row("eager", eager.batch_size, ours(eager, args.images))
+        rows.append(row("eager", eager.batch_size, ours(eager, args.images)))
         if flags.fast:  # on CUDA
-            add_row("fast", flags.batch_size, ours(flags, args.images))
+            rows.append(row("fast", flags.batch_size, ours(flags, args.images)))
         if kd:
-            add_row("table", flags.batch_size, ours(flags, args.images, table=True))
-        add_row("two processes", flags.batch_size, ours(flags, args.images, processes=2))
-    return [dict(row, speedup=row["images_per_s"] / best) for row in rows]
+            rows.append(row("table", flags.batch_size, ours(flags, args.images, table=True)))
+        rows.append(row("two processes", flags.batch_size, ours(flags, args.images, processes=2)))
+    return beside_best(peer_rows, rows)
+
+
+def measure_text(args):
+    """The rows of one encoder. The Trainer does not distil, and so KD is held against its one-hot training."""
+    sentences = read_sentences(args.sentences, SENTENCES)
+    row = functools.partial(timed, f"{Path(args.encoder).name} (sentences)")
+    peer_rows = []
+    for way, settings in TRAINERS.items():
+        peer_rows.append(row("one-hot", way, TEXT_BATCH, [trainer_rates(args, sentences, settings)]))
+    rows = [row(loss, "glue_distill.py", TEXT_BATCH, [rates]) for loss, rates in script_rates(args, sentences).items()]
+    return beside_best(peer_rows, rows)
 
 
 def main(argv=None):
@@ -163,6 +252,8 @@ def main(argv=None):
     add("--images", type=number(int, 128, 10_000_000), help="random images (default: 50000 on CUDA, 5000 on a CPU)")
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
+    add("--encoder", metavar="FOLDER", help="a saved text encoder, to time glue_distill.py too")
+    add("--sentences", metavar="FILE", default="data/glue/SST-2/train.tsv", help="for it: SST-2's train.tsv")
     common.add_device_flag(parser)
     add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
     args = parser.parse_args(argv)
@@ -174,12 +265,14 @@ def main(argv=None):
     versions = runs.versions()
     rows, lines = [], []
     for arch in args.arch:
-        rows += measure(args, arch, kd=False) + measure(args, arch, kd=True)
+        rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)
+    if args.encoder:
+        rows += measure_text(args)
     for row in rows:
-        words = [row[key] for key in ("arch", "loss", "way", "batch")]
-        lines.append([*words, f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}"])
+        words = [row[key] for key in ("model", "loss", "way", "batch")]
+        lines.append([*words, f"{row['per_second']:.0f}", f"{row['speedup']:.2f}"])
     text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
-    text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peers"], lines)
+    text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peer"], lines)
     print(text)
     runs.write_json(args.out / "benchmark.json", dict(versions=versions, rows=rows))
     runs.write_text(args.out / "benchmark.md", text)

@@ -253,7 +253,7 @@ def write_docs(folder):
         before, start, rest = content.partition(f"<!-- {name}: written by make docs -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         if end:
-            content = f"{before}{start}\n{table}\n{end}{after}"
+            content = f"{before}{start}\n{re.sub(' *[|] *', '|', table)}\n{end}{after}"
     runs.write_text(folder / "results.md", text)
     runs.write_text(readme, content)
     print(f"written: {folder / 'results.md'} and the tables in {readme}")

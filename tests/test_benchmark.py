@@ -6,6 +6,8 @@ import benchmark
 import runs
 
 import pytest
+from helpers import refused
+from test_glue_distill import save_pretrained
 
 
 def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch, capsys):
@@ -19,10 +21,10 @@ def test_ways_of_training_are_compared_with_the_best_peer(tmp_path, monkeypatch,
     assert [(row["loss"], row["way"]) for row in rows] == ways
     for row in rows:
         assert len(row["rates"]) == 1 + ("processes" in row["way"]) and {len(part) for part in row["rates"]} == {1}
-        assert row["images_per_s"] == pytest.approx(sum(statistics.median(part) for part in row["rates"]))
+        assert row["per_second"] == pytest.approx(sum(statistics.median(part) for part in row["rates"]))
         of_peers = [one for one in rows if one["loss"] == row["loss"] and one["way"] in peers]
-        best = max(one["images_per_s"] for one in of_peers)
-        assert row["speedup"] == pytest.approx(row["images_per_s"] / best)
+        best = max(one["per_second"] for one in of_peers)
+        assert row["speedup"] == pytest.approx(row["per_second"] / best)
     table = (tmp_path / "b" / "benchmark.md").read_text()
     assert table.count("\n| mlp") == 9 and table.strip() in text
 
@@ -36,3 +38,34 @@ def test_ours_are_measured_at_each_batch_size(tmp_path, monkeypatch):
     ours = [(row["loss"], row["way"], row["batch"]) for row in rows if not row["way"].startswith("peers")]
     ways = dict(KD=("eager", "table", "two processes")) | {"one-hot": ("eager", "two processes")}
     assert ours == [(loss, way, batch) for loss in ("one-hot", "KD") for batch in (16, 128) for way in ways[loss]]
+
+
+def test_the_text_script_is_timed_beside_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SENTENCES", 20)
+    monkeypatch.setattr(benchmark, "measure_images", lambda *given, **more: [])
+    seen = []
+
+    def trainer_rates(args, sentences, settings):  # it needs accelerate, which is no requirement
+        seen.append(sentences)
+        return [0.01 if settings else 0.005]
+
+    monkeypatch.setattr(benchmark, "trainer_rates", trainer_rates)
+    save_pretrained(tmp_path / "encoder", "bert", positions=128)
+    lines = [f"a {'good' if k % 2 else 'bad'} film , part {k}\t{k % 2}" for k in range(30)]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
+    words = ["--encoder", tmp_path / "encoder", "--epochs", 1, "--device", "cpu", "--out", tmp_path / "b"]
+    benchmark.main([str(word) for word in (*words, "--sentences", tmp_path / "train.tsv")])
+    assert seen[0] == seen[-1] == [(line[:-2], k % 2) for k, line in enumerate(lines[:20])]
+    rows = runs.read_json(tmp_path / "b" / "benchmark.json")["rows"]
+    ours = [("one-hot", "glue_distill.py"), ("KD", "glue_distill.py")]
+    assert [(row["loss"], row["way"]) for row in rows] == [("one-hot", way) for way in benchmark.TRAINERS] + ours
+    assert [row["speedup"] for row in rows[:3]] == [0.5, 1, 1]
+    for row in rows[3:]:
+        assert (
+            len(row["rates"][0]) == 1
+            and row["speedup"] == pytest.approx(row["per_second"] / 0.01)
+            and row["speedup"] > 1
+        )
+    assert "give SST-2's train.tsv as --sentences" in refused(benchmark, *words, "--sentences", tmp_path / "none.tsv")
+    monkeypatch.setattr(benchmark, "SENTENCES", 1)
+    assert "glue_distill.py: error: " in refused(benchmark, *words, "--sentences", tmp_path / "train.tsv")

@@ -393,12 +393,12 @@ def test_the_language_report_agrees_with_the_runs(texts):
     assert "the teacher fits" in (results / "glue.md").read_text() and "the teacher fits" in claim["note"]
 
 
-def save_pretrained(folder, family, names=None):
+def save_pretrained(folder, family, names=None, positions=42):
     """A tiny saved model of a family with its tokenizer, as a user has it on disk; names: of a classifier's classes."""
     from tokenizers import BertWordPieceTokenizer
 
     shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    shape["max_position_embeddings"] = 42
+    shape["max_position_embeddings"] = positions
     words = glue_distill.sentiment(200, "train", 0).columns()[0] + [f'he said twice " or {k}' for k in range(30)]
     torch.manual_seed(5)
     if family == "roberta":

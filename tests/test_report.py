@@ -303,7 +303,7 @@ def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
     # A line for each setting on real data, in the paper's order: accuracies of teacher, control, student, half switch.
     assert [line[:3] for line in rows[2:]] == [[f"task {name}", "1", headlines[2][2][:-3]] for name in ("sst-2", "rte")]
     assert rows[2][3] == rows[2][5] == "80.0" and rows[2][6] == "70.0" and slope.startswith(rows[2][7])
-    assert parts[2] == ["| so fast |"]
+    assert parts[2] == ["|so fast|"]
     text = Path("docs/results.md").read_text()
     whole = "0.89 [0.84, 0.94] (0.50 [0.40, 0.60]), **fails**"  # with the control's interval
     for part in (
