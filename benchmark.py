@@ -234,9 +234,8 @@ def measure_images(args, arch, kd):
     return beside_best(peer_rows, rows)
 
 
-def measure_text(args):
+def measure_text(args, sentences):
     """The rows of one encoder. The Trainer does not distil, and so KD is held against its one-hot training."""
-    sentences = read_sentences(args.sentences, SENTENCES)
     row = functools.partial(timed, f"{Path(args.encoder).name} (sentences)")
     peer_rows = []
     for way, settings in TRAINERS.items():
@@ -262,12 +261,13 @@ def main(argv=None):
     args.images = args.images or (50_000 if cuda else 5_000)
     args.batch_size = args.batch_size or [512 if cuda else 128]
     args.out.mkdir(parents=True, exist_ok=True)
+    sentences = read_sentences(args.sentences, SENTENCES) if args.encoder else []
     versions = runs.versions()
     rows, lines = [], []
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)
     if args.encoder:
-        rows += measure_text(args)
+        rows += measure_text(args, sentences)
     for row in rows:
         words = [row[key] for key in ("model", "loss", "way", "batch")]
         lines.append([*words, f"{row['per_second']:.0f}", f"{row['speedup']:.2f}"])

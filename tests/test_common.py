@@ -627,7 +627,7 @@ SCRIPTS += "denoise_gradients glue_distill benchmark report".split()
 HEAVY = {
     "engine": ("train_images", "train"),
     "deviation": ("measure",),
-    "benchmark": ("measure",),
+    "benchmark": ("measure_images",),
     "eigenspace": ("bias_variance",),
     "report": ("keep", "write_docs"),
 }
