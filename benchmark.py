@@ -172,20 +172,17 @@ def script_rates(args, sentences):
         for name, rows in (("train", sentences), ("test", sentences[:100])):
             with open(f"{folder}/{name}.csv", "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("text", "label"), *rows])
-        words = (
-            f"--task csv:{folder} --epochs {args.epochs + 1} --batch-size {TEXT_BATCH} --device {args.device}".split()
-        )
-        words += ["--teacher", args.encoder, "--student", args.encoder, "--out", f"{folder}/run"]
+        words = ["--task", f"csv:{folder}", "--teacher", args.encoder, "--student", args.encoder]
+        words += ["--epochs", str(args.epochs + 1), "--batch-size", str(TEXT_BATCH), "--device", args.device]
+        words += ["--out", f"{folder}/run", "--train-only", "--quiet"]
         script = Path(__file__).with_name("glue_distill.py")
-        done = subprocess.run(
-            [sys.executable, script, *words, "--train-only", "--quiet"], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"glue_distill.py: {done.stderr.strip()}")
         name = Path(args.encoder).name
-        runs_of = {"one-hot": f"{folder}/run-{name}-onehot-s0", "KD": f"{folder}/run-{name}-{name}-kd-s0"}
+        folders = {"one-hot": f"{folder}/run-{name}-onehot-s0", "KD": f"{folder}/run-{name}-{name}-kd-s0"}
         rates = {}
-        for loss, run in runs_of.items():
+        for loss, run in folders.items():
             rates[loss] = [len(sentences) / line["seconds"] for line in runs.read_metrics(run)[1:]]
         return rates
 
