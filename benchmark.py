@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import claims
@@ -43,7 +44,7 @@ TEXT_BATCH = 32
 TRAINERS = {  # the peers' ways with text: settings of transformers' TrainingArguments (version 5)
     "Trainer, fp32": {},
     "Trainer, bf16": dict(bf16=True),
-    "Trainer, bf16, grouped by length": dict(bf16=True, train_sampling_strategy="group_by_length"),
+    "Trainer, bf16, by length": dict(bf16=True, train_sampling_strategy="group_by_length"),
 }
 
 
@@ -233,7 +234,7 @@ def measure_images(args, arch, kd):
 
 def measure_text(args, sentences):
     """The rows of one encoder. The Trainer does not distil, and so KD is held against its one-hot training."""
-    row = functools.partial(timed, f"{Path(args.encoder).name} (sentences)")
+    row = functools.partial(timed, Path(args.encoder).name)
     peer_rows = []
     for way, settings in TRAINERS.items():
         peer_rows.append(row("one-hot", way, TEXT_BATCH, [trainer_rates(args, sentences, settings)]))
@@ -258,18 +259,24 @@ def main(argv=None):
     args.images = args.images or (50_000 if cuda else 5_000)
     args.batch_size = args.batch_size or [512 if cuda else 128]
     args.out.mkdir(parents=True, exist_ok=True)
-    sentences = read_sentences(args.sentences, SENTENCES) if args.encoder else []
     versions = runs.versions()
+    made = [versions["hardware"], f"{versions['threads']} threads", f"torch {versions['torch']}"]
+    sentences = []
+    if args.encoder:
+        sentences = read_sentences(args.sentences, SENTENCES)
+        made.append(f"transformers {metadata.version('transformers')}")
     rows, lines = [], []
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)
     if args.encoder:
         rows += measure_text(args, sentences)
     for row in rows:
+        if "workers" in row["way"] and row["speedup"] < 1:  # of the peers' numbers of workers the best alone is shown
+            continue
         words = [row[key] for key in ("model", "loss", "way", "batch")]
         lines.append([*words, f"{row['per_second']:.0f}", f"{row['speedup']:.2f}"])
-    text = f"{versions['hardware']}, {versions['threads']} threads, torch {versions['torch']}\n\n"
-    text += claims.markdown_table(["model", "loss", "way", "batch", "images/s", "× best peer"], lines)
+    headers = ["model", "loss", "way", "batch", "images or sentences/s", "× best peer"]
+    text = f"{', '.join(made)}\n\n{claims.markdown_table(headers, lines)}"
     print(text)
     runs.write_json(args.out / "benchmark.json", dict(versions=versions, rows=rows))
     runs.write_text(args.out / "benchmark.md", text)
