@@ -220,7 +220,7 @@ def test_language(folder, language):
 def test_benchmark(folder, benchmark):
     assert folder.files("results/benchmark") == ["benchmark.json", "benchmark.md"]
     rows = folder.json("results/benchmark/benchmark.json")["rows"]
-    assert {row["loss"] for row in rows} == {"one-hot", "KD"} and all(row["images_per_s"] > 0 for row in rows)
+    assert {row["loss"] for row in rows} == {"one-hot", "KD"} and all(row["per_second"] > 0 for row in rows)
     table = (folder.path / "results" / "benchmark" / "benchmark.md").read_text()
     assert table.strip() in benchmark and table.count("\n| mlp") == len(rows)
 
