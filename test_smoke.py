@@ -222,7 +222,8 @@ def test_benchmark(folder, benchmark):
     rows = folder.json("results/benchmark/benchmark.json")["rows"]
     assert {row["loss"] for row in rows} == {"one-hot", "KD"} and all(row["per_second"] > 0 for row in rows)
     table = (folder.path / "results" / "benchmark" / "benchmark.md").read_text()
-    assert table.strip() in benchmark and table.count("\n| mlp") == len(rows)
+    shown = [row for row in rows if "workers" not in row["way"] or row["speedup"] == 1]
+    assert table.strip() in benchmark and table.count("\n| mlp") == len(shown)
 
 
 def test_workflow_says_what_is_missing_of_the_paper(folder, planned):
