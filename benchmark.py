@@ -215,30 +215,34 @@ def beside_best(peer_rows, rows):
 def measure_images(args, arch, kd):
     """The rows of one architecture and loss."""
     data = random_data(args.images, args.device)
-    row = functools.partial(timed, arch, "KD" if kd else "one-hot")
+    loss = "KD" if kd else "one-hot"
     peer_rows = []
-    for workers in WORKERS:
-        peer_rows.append(row(f"peers, {workers} workers", PEERS_BATCH, [peers(data, arch, kd, workers, args.epochs)]))
     rows = []
+    for workers in WORKERS:
+        rates = peers(data, arch, kd, workers, args.epochs)
+        peer_rows.append(timed(arch, loss, f"peers, {workers} workers", PEERS_BATCH, [rates]))
     for batch in args.batch_size:
         flags = student_flags(args, arch, kd, batch)
         eager = student_flags(args, arch, kd, batch, "--no-fast")
-        rows.append(row("eager", eager.batch_size, ours(eager, args.images)))
+        rows.append(timed(arch, loss, "eager", eager.batch_size, ours(eager, args.images)))
         if flags.fast:  # on CUDA
-            rows.append(row("fast", flags.batch_size, ours(flags, args.images)))
+            rows.append(timed(arch, loss, "fast", flags.batch_size, ours(flags, args.images)))
         if kd:
-            rows.append(row("table", flags.batch_size, ours(flags, args.images, table=True)))
-        rows.append(row("two processes", flags.batch_size, ours(flags, args.images, processes=2)))
+            rows.append(timed(arch, loss, "table", flags.batch_size, ours(flags, args.images, table=True)))
+        rows.append(timed(arch, loss, "two processes", flags.batch_size, ours(flags, args.images, processes=2)))
     return beside_best(peer_rows, rows)
 
 
 def measure_text(args, sentences):
     """The rows of one encoder. The Trainer does not distil, and so KD is held against its one-hot training."""
-    row = functools.partial(timed, Path(args.encoder).name)
+    name = Path(args.encoder).name
     peer_rows = []
+    rows = []
     for way, settings in TRAINERS.items():
-        peer_rows.append(row("one-hot", way, TEXT_BATCH, [trainer_rates(args, sentences, settings)]))
-    rows = [row(loss, "glue_distill.py", TEXT_BATCH, [rates]) for loss, rates in script_rates(args, sentences).items()]
+        rates = trainer_rates(args, sentences, settings)
+        peer_rows.append(timed(name, "one-hot", way, TEXT_BATCH, [rates]))
+    for loss, rates in script_rates(args, sentences).items():
+        rows.append(timed(name, loss, "glue_distill.py", TEXT_BATCH, [rates]))
     return beside_best(peer_rows, rows)
 
 

@@ -234,7 +234,9 @@ def draw_rows(kept, file):
 def write_docs(folder):
     """Write results.md into `folder`, and above it README's tables, each between its markers, from folder/results."""
     kept = {file.stem: runs.read_json(file) for file in (folder / "results").glob("*.json")}
-    tables = {file.stem: file.read_text(encoding="utf-8") for file in (folder / "results").glob("*.md")}
+    tables = {}
+    for file in (folder / "results").glob("*.md"):  # in README without the spaces around cells, as its other tables
+        tables[file.stem] = re.sub(" *[|] *", "|", file.read_text(encoding="utf-8"))
     readme = folder.parent / "README.md"
     layout = LAYOUTS.get_template("results.md.jinja")
     with runs.reading(folder / "results", "keep its settings again"):
@@ -253,7 +255,7 @@ def write_docs(folder):
         before, start, rest = content.partition(f"<!-- {name}: written by make docs -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         if end:
-            content = f"{before}{start}\n{re.sub(' *[|] *', '|', table)}\n{end}{after}"
+            content = f"{before}{start}\n{table}\n{end}{after}"
     runs.write_text(folder / "results.md", text)
     runs.write_text(readme, content)
     print(f"written: {folder / 'results.md'} and the tables in {readme}")

@@ -280,6 +280,37 @@ def write_arrays(path, n=60, side=16, classes=4, channels=3):
     return arrays
 
 
+def save_pretrained(folder, family, names=None, positions=42):
+    """A tiny saved model of a family with its tokenizer, as a user has it on disk; names: of a classifier's classes."""
+    import glue_distill
+
+    import transformers
+    from tokenizers import BertWordPieceTokenizer
+
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    shape["max_position_embeddings"] = positions
+    words = glue_distill.sentiment(200, "train", 0).columns()[0] + [f'he said twice " or {k}' for k in range(30)]
+    torch.manual_seed(5)
+    if family == "roberta":
+        tokenizer = glue_distill.byte_level_bpe(words, 400)
+        shape["type_vocab_size"] = 1
+    else:
+        pieces = BertWordPieceTokenizer()
+        pieces.train_from_iterator(words, vocab_size=400, show_progress=False)
+        folder.mkdir(parents=True)
+        pieces.save_model(str(folder))
+        tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape)
+    kind = transformers.AutoModelForMaskedLM
+    if names:
+        kind = transformers.AutoModelForSequenceClassification
+        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+    model = kind.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
 # ---------------------------------------------------------------- random, damaged and malicious input
 
 DTYPES = [*"u1 i1 i4 i8 u8 f2 f4 f8 g c8 ? m8[s] M8[D] U3 S4 V3".split(), [("a", "f4")]]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import Malicious, damaged, hashes, input_error, same_run, valid_or_refused
+from helpers import Malicious, damaged, hashes, input_error, same_run, save_pretrained, valid_or_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -391,34 +391,6 @@ def test_the_language_report_agrees_with_the_runs(texts):
     assert claim["measured"] == pytest.approx(rows["teacher"]["test_acc"]["value"] / bayes)
     assert claim["low"] < claim["measured"] < claim["high"]
     assert "the teacher fits" in (results / "glue.md").read_text() and "the teacher fits" in claim["note"]
-
-
-def save_pretrained(folder, family, names=None, positions=42):
-    """A tiny saved model of a family with its tokenizer, as a user has it on disk; names: of a classifier's classes."""
-    from tokenizers import BertWordPieceTokenizer
-
-    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    shape["max_position_embeddings"] = positions
-    words = glue_distill.sentiment(200, "train", 0).columns()[0] + [f'he said twice " or {k}' for k in range(30)]
-    torch.manual_seed(5)
-    if family == "roberta":
-        tokenizer = glue_distill.byte_level_bpe(words, 400)
-        shape["type_vocab_size"] = 1
-    else:
-        pieces = BertWordPieceTokenizer()
-        pieces.train_from_iterator(words, vocab_size=400, show_progress=False)
-        folder.mkdir(parents=True)
-        pieces.save_model(str(folder))
-        tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape)
-    kind = transformers.AutoModelForMaskedLM
-    if names:
-        kind = transformers.AutoModelForSequenceClassification
-        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
-    model = kind.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 DROPOUT = ["--teacher", "roberta", "--student", "roberta", "--lr", 1e-3, "--train-only"]  # saved models have it
