@@ -166,7 +166,9 @@ def read_state(file, wanted):
         for key in ("state_dict", "model_state_dict", "model", "net"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
-        if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        if not isinstance(state, dict) or not state:
+            raise ValueError("it holds no state dict")
+        if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
             raise ValueError("it holds no state dict")
     names = [name for name in wanted if "num_batches_tracked" not in name]  # which old files lack
     ends = [name.removesuffix(names[0]) for name in state if f".{name}".endswith(f".{names[0]}")]
@@ -343,7 +345,6 @@ def restore_state(source, model, optimizer, per_epoch, total, device):
         groups = optimizer.state_dict()["param_groups"]  # these are of the flags
         optimizer.load_state_dict(dict(state["optimizer"], param_groups=groups))
         step, history = state["step"], state["history"]
-        runs.check_metrics(history)
         if not isinstance(step, int) or not 0 <= step <= total or len(history) != step // per_epoch:
             raise ValueError(f"step {step} of {total} with {len(history)} epochs of metrics")
         torch.set_rng_state(state["rng"].cpu())
@@ -373,13 +374,12 @@ def train(
         sums.copy_(counted)
         if source == checkpoint and step < total and not args.quiet:
             print(f"{run}: continuing at step {step} of {total}")
-    saved, started = time.monotonic(), time.perf_counter()
+    saved = time.monotonic()
 
     def save(path):
         check_finite(run, args, step, model, sums)
         seconds = spent + time.perf_counter() - started
         save_state(path, model, optimizer, step=step, history=history, sums=sums, spent=seconds)
-        return time.monotonic()
 
     bar = tqdm(total=total, initial=step, desc=run.name, unit="step", disable=args.quiet or None)
     with bar, runs.interruptible() as stop:
@@ -396,7 +396,8 @@ def train(
                 step += 1
                 bar.update()
                 if step % per_epoch and (stop or time.monotonic() - saved > SAVE_SECONDS):
-                    saved = save(checkpoint)
+                    save(checkpoint)
+                    saved = time.monotonic()
                 if stop:
                     break
             if step % per_epoch == 0:
@@ -411,7 +412,8 @@ def train(
                 sums.zero_()
                 spent, started = 0.0, time.perf_counter()
                 if stop or time.monotonic() - saved > SAVE_SECONDS or step == total:
-                    saved = save(checkpoint)
+                    save(checkpoint)
+                    saved = time.monotonic()
             if stop:
                 print(f"{run}: saved at step {step} of {total}")
                 runs.exit_interrupted()
@@ -653,7 +655,7 @@ def train_student(run, args, seed, data, loss_fn, teacher=None, weights_at=None,
     but not with a teacher of that seed.
     """
     args = common.only_flags(args, common.add_flags, common.add_student_flags)
-    if loss_fn is common.one_hot_loss:
+    if not teacher and not args.kd_weight:
         args.temperature = None  # no distillation term: one control serves all temperatures
     known = dict(teacher_sha256=None, loss=runs.source_of(loss_fn))
     if teacher:

@@ -82,7 +82,7 @@ def reading(what, fix="restore it or make it again", run=None):
     """
     try:
         yield
-    except InputError:
+    except (InputError, PermissionError, torch.cuda.OutOfMemoryError):  # which say nothing of what is in a file
         raise
     except Exception as error:  # numpy, zip, pickle, PIL, json, a hub: each raises kinds of its own on damaged files
         if run is not None:
@@ -250,7 +250,9 @@ def load_tensors(file, device="cpu"):
         if any(name.endswith("/constants.pkl") for name in names):
             raise ValueError("it is a TorchScript archive, a program")
     # What people save beside their weights, none of which runs code: numbers of NumPy, flags, paths.
-    harmless = [np._core.multiarray.scalar, np.dtype, argparse.Namespace, PosixPath, PurePosixPath]
+    scalar = np._core.multiarray.scalar
+    harmless = [scalar, np.dtype, argparse.Namespace, PosixPath, PurePosixPath]
+    harmless.append((scalar, "numpy.core.multiarray.scalar"))  # as NumPy 1 calls it
     harmless += [type(np.dtype(kind)) for kind in "?bBhHiIqQefd"]
     try:
         with torch.serialization.safe_globals(harmless):
@@ -277,17 +279,12 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     with reading(path, "train that run again", run):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        check_metrics(lines)
         if not lines:
             raise ValueError("it is empty")
+        for epoch, line in enumerate(lines, 1):
+            if line.get("epoch") != epoch or not all(isinstance(value, (int, float)) for value in line.values()):
+                raise ValueError("its lines of metrics are not those of a run")
         return lines
-
-
-def check_metrics(lines):
-    """Raise an error, within `reading`, unless `lines` are dicts of numbers for the epochs 1, 2, …"""
-    for epoch, line in enumerate(lines, 1):
-        if line.get("epoch") != epoch or not all(isinstance(value, (int, float)) for value in line.values()):
-            raise ValueError("its lines of metrics are not those of a run")
 
 
 def last_metrics(run):
@@ -362,25 +359,26 @@ def read_array(path):
     with reading(file, "give what numpy.save, numpy.savez or torch.save wrote, or a .csv of numbers"):
         if file.endswith(".csv"):
             return _csv_array(file)
-        if file.endswith((".pt", ".pth", ".safetensors")):
-            arrays = load_tensors(file)
-            if torch.is_tensor(arrays):
-                arrays = {"": arrays}
-            arrays = {key: value for key, value in arrays.items() if torch.is_tensor(value)}
+        if file.endswith(".npz"):
+            arrays = read_npz(file)
+        elif file.endswith((".pt", ".pth", ".safetensors")):
+            found = load_tensors(file)
+            if torch.is_tensor(found):
+                found = {"": found}
+            arrays = {key: _numpy_of(value) for key, value in found.items() if torch.is_tensor(value)}
         else:
             # Mapped, for a damaged header may ask for more than any memory.
-            arrays = np.load(file, mmap_mode="r", allow_pickle=False)
-            if isinstance(arrays, np.ndarray):
-                return arrays
+            return np.load(file, mmap_mode="r", allow_pickle=False)
     names = [name] if name else list(arrays)
     if len(names) != 1 or names[0] not in arrays:
         raise InputError(f"{file} holds {', '.join(map(str, arrays)) or 'no arrays'}: name one as {file}:NAME")
-    if not isinstance(arrays, dict):
-        return read_npz(file, names)[names[0]]
-    tensor = arrays[names[0]].detach()
-    if tensor.is_floating_point():
-        tensor = tensor.float()  # numpy has no bfloat16
-    return tensor.numpy()
+    return arrays[names[0]]
+
+
+def _numpy_of(tensor):
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        tensor = tensor.float()
+    return tensor.detach().numpy()
 
 
 def _csv_array(file):
@@ -415,11 +413,8 @@ def check_logits(logits, name, like=None):
     largest = np.abs(logits).max()
     if largest > 1e6:
         raise InputError(f"{name} has values up to {largest:.2g}: these are no logits; check what was saved")
-    decimals = 2  # of rounded probabilities
-    while decimals < 6 and np.abs(logits - logits.round(decimals)).max() > 1e-6:
-        decimals += 1
     sums = logits.sum(1)
-    slack = 0.5 * 10.0**-decimals * logits.shape[1]
+    slack = 0.005 * logits.shape[1]  # of probabilities rounded to two decimals
     for whole in (1, 100):
         if logits.min() >= 0 and np.abs(sums - whole).max() < 1e-3 * whole + slack:
             fix = "give their logarithms: numpy.log(numpy.clip(p, 1e-12, None)), p from 0 to 1"
@@ -431,8 +426,9 @@ def check_labels(labels, name, logits):
     """Labels as int64 [N], words numbered in sorted order; InputError when they do not fit the logits."""
     labels = np.asarray(labels)
     n, classes = logits.shape
-    if labels.dtype.kind in "US" and np.char.isdecimal(labels.astype("U")).all():
-        labels = labels.astype(np.int64)  # whole numbers as text: sorted as words, 10 would come before 2
+    with reading(name, "give whole numbers, or words as text"):
+        if labels.dtype.kind in "US" and np.char.isdecimal(labels.astype("U")).all():
+            labels = labels.astype(np.int64)  # whole numbers as text: sorted as words, 10 would come before 2
     if labels.dtype.kind in "US":
         words, labels = np.unique(labels, return_inverse=True)
         if len(words) != classes:  # with one missing, which number is whose cannot be known
@@ -559,7 +555,7 @@ def start_run(run, args, role, seed, data, model, **facts):
             fix = "choose another --out; if it was a run, --overwrite trains it again"
             raise InputError(f"{run} is not empty and has no config.json: {fix}")
     teacher = facts.get("teacher")
-    if args.overwrite and teacher and os.path.realpath(teacher) == os.path.realpath(run):
+    if args.overwrite and teacher and run.resolve() in (Path(teacher).resolve(), *Path(teacher).resolve().parents):
         raise InputError(f"--overwrite would discard {run}, this run's own teacher: choose another --out")
     if args.overwrite or not path.exists():
         discard(run, role)
@@ -594,10 +590,8 @@ def refuse_other(run, config):
         before["flags"].setdefault(key, Parser.defaults.get(key))
     if "facts" in config:  # earlier versions did not note down the loss
         before["facts"].setdefault("loss", config["facts"].get("loss"))
-    pairs = []
-    for key in ("role", "seed", "flags", "data", "facts"):
-        if key in config:
-            pairs += _differences({key: before.get(key)}, {key: config[key]})
+    parts = [key for key in ("role", "seed", "flags", "data", "facts") if key in config]
+    pairs = _differences({key: before.get(key) for key in parts}, {key: config[key] for key in parts})
     differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
     if differing:
         fix = "choose another --out, or discard it with --overwrite"
@@ -616,16 +610,20 @@ def _differences(before, after, prefix=""):
             yield prefix + key, f"{prefix}{key}: {was!r} there, {now!r} now"
 
 
-@functools.cache  # as it was when it was first asked for: the file may be edited while this runs
 def source_of(function):
     """A loss for config.json: its lines and those of what it calls in its own file, no comments; None: no source."""
     if not inspect.isfunction(function):
         return None
-    called = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return _source_of(function.__code__, function.__module__)
+
+
+@functools.cache  # as it was when it was first asked for: the file may be edited while this runs
+def _source_of(code, module):
+    # By its code, which is the same each time that a function inside of another one is made.
+    called = [vars(sys.modules[module]).get(name) for name in code.co_names]
+    same_file = [part.__code__ for part in called if inspect.isfunction(part) and part.__module__ == module]
     lines = []
-    for part in (function, *called):
-        if not inspect.isfunction(part) or part.__module__ != function.__module__:
-            continue
+    for part in (code, *same_file):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         except (OSError, SyntaxError):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,12 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     torch.save(tensor, "t.pt")
     torch.save(dict(logits=tensor, labels=tensor + 1, epoch=3), "both.pth")
     torch.save(dict(epoch=3), "none.pt")
+    torch.save(tensor.to_sparse(), "sparse.pt")
+    torch.save(torch.tensor([1 / 3], dtype=torch.float64), "exact.pt")
+    torch.save(dict(logits=tensor, best=np.float64(3)), "numpy2.pt")
+    with zipfile.ZipFile("numpy2.pt") as new, zipfile.ZipFile("numpy1.pt", "w") as old:
+        for entry in new.namelist():
+            old.writestr(entry, new.read(entry).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     safetensors.torch.save_file(dict(logits=tensor), "t.safetensors")
     np.savetxt("t.csv", array, delimiter=",")
     np.savetxt("header.csv", array, delimiter=",", header="cat,dog", comments="")
@@ -213,6 +220,9 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     Path("index.csv").write_text(",0,1\n0,0.5,1.5\n")
     for name in "t.npy one.npz both.npz:a t.pt both.pth:logits t.safetensors t.csv header.csv pandas.csv".split():
         assert np.array_equal(runs.read_array(Path(name)), array), name
+    for name in ("numpy1.pt", "numpy2.pt"):
+        assert np.array_equal(runs.read_array(name), array), name
+    assert runs.read_array("exact.pt") == np.array([1 / 3])  # as of an .npy
     for name in ("both.npz:b", "both.pth:labels"):
         assert np.array_equal(runs.read_array(name), array + 1), name
     for name, message in {
@@ -220,6 +230,7 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
         "both.npz:c": "both.npz holds a, b",
         "both.pth": "both.pth holds logits, labels: name one as",
         "none.pt": "none.pt holds no arrays",
+        "sparse.pt": "sparse.pt cannot be read",
         "torn.npy": "torn.npy cannot be read",
         "ragged.csv": "ragged.csv cannot be read",
         "index.csv": "its first column is an index, as pandas writes it",
@@ -270,6 +281,8 @@ def test_logits_and_labels_come_back_in_full_precision(tmp_path, capsys):
     for bad in (LABELS[:-1], LABELS[:, None], LABELS + 1, LABELS - 1, LABELS / 1, np.arange(50).astype(str)):
         with pytest.raises(runs.InputError, match=r"y is .*: it must hold 50 integers within 0\.\.5"):
             runs.check_labels(bad, "y", LOGITS)
+    with pytest.raises(runs.InputError, match="y cannot be read"):
+        runs.check_labels(np.array(["é".encode("latin-1")] * 50), "y", LOGITS)
     capsys.readouterr()
     words = np.array(["cat", "dog", "emu", "fox", "gnu", "yak"])[LABELS]
     assert np.array_equal(runs.check_labels(words, "y", LOGITS), LABELS)
@@ -453,17 +466,21 @@ def test_a_run_of_an_earlier_version_counts_as_finished(tiny_runs, tmp_path):
 
 
 def test_the_source_of_a_loss_is_its_code_and_what_it_calls(tmp_path, monkeypatch):
+    """As it was when it was first asked for, also of a function that is made anew for each seed."""
+
     def loss(x):
         """What it is."""
         return np.abs(x)  # why
 
     assert runs.source_of(loss) == ["def loss(x):", "    return np.abs(x)"]
-    Path(tmp_path, "edited.py").write_text("def loss(x):\n    return x\n")
+    of_seed = "\n\ndef of_seed():\n    def loss(x):\n        return x\n\n    return loss\n"
+    Path(tmp_path, "edited.py").write_text(f"def loss(x):\n    return x\n{of_seed}")
     monkeypatch.syspath_prepend(tmp_path)
     edited = importlib.import_module("edited")
     before = runs.source_of(edited.loss)
-    Path(tmp_path, "edited.py").write_text("# while it runs\n\n\ndef loss(x):\n    return 2 * x\n")
-    assert runs.source_of(edited.loss) == before
+    assert runs.source_of(edited.of_seed()) == before
+    Path(tmp_path, "edited.py").write_text(f"# while it runs\n\n\ndef loss(x):\n    return 2 * x\n{of_seed}")
+    assert runs.source_of(edited.loss) == before and runs.source_of(edited.of_seed()) == before
     text = "\n".join(runs.source_of(common.student_loss))
     assert "def student_loss" in text and "def kd_loss" in text
 

@@ -127,6 +127,7 @@ def test_a_teacher_sees_images_as_plain_pytorch_shows_them(arch, flags, seen, si
         ("random.pth", [], ["random.pth is no better than chance here", "--teacher-arch"]),
         ("nan.pth", [], ["nan.pth gives NaN or infinite logits"]),
         ("list.pth", [], ["list.pth cannot be read (it holds no state dict)"]),
+        ("numbered.pth", [], ["numbered.pth cannot be read (it holds no state dict)"]),
         ("script.pt", [], ["it is a TorchScript archive", "torch.save(model.state_dict(), FILE)"]),
     ],
 )
@@ -136,6 +137,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(file, more, words, stat
     torch.save(common.build_model("resnet8", 10, [8, 8, 1], seed=3).state_dict(), "random.pth")
     torch.save({name: value * float("nan") for name, value in state.items()}, "nan.pth")
     torch.save([1, 2], "list.pth")
+    torch.save(dict(enumerate(state.values())), "numbered.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save("script.pt")
     line = refused(train_student, *distil(file, *more))
     assert all(word in line for word in words), line

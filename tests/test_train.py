@@ -335,6 +335,8 @@ def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for name in ("teacher", "kd"):
         copy_run(tiny_runs / "runs" / f"{name}-s0", Path(name))
+    labels = torch.from_numpy(runs.read_npz("teacher/logits.npz")["train_labels"])
+    torch.save(8 * F.one_hot(labels, 10), "kd/t.pt")  # logits of a perfect teacher
     before = {name: hashes(name) for name in ("teacher", "kd")}
     for words, module, *flags in [
         ("resnet9", train_teacher, "--out", "teacher", "--arch", "resnet9"),
@@ -342,6 +344,7 @@ def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, tmp_path, mon
         ("--batch-size", train_teacher, "--out", "teacher", "--batch-size", 1),
         ("absent", train_student, "--out", "kd", "--teacher", "absent"),
         ("would discard kd, this run's own teacher", train_student, "--out", "./kd", "--teacher", "kd"),
+        ("would discard kd, this run's own", train_student, "--out", "kd", "--teacher-logits", "kd/t.pt"),
     ]:
         line = refused(module, *TINY, "--overwrite", *flags)
         assert words in line, line
