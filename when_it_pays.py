@@ -5,9 +5,9 @@
 
 The paper's claims are about teachers that interpolate their training labels. Here the teachers are states of one
 teacher run, after the shares --stop-at of its training, and their students train in full length. Over the teacher's
-train accuracy: the student's lead over its own teacher; its gain over the one-hot control, which is another question
-(under label noise a teacher stopped early is itself the better network); and how the student deviates, slope and mean
-Y − X on the teacher's hardest quarter, the latter minus the control's.
+train accuracy: the lead over that teacher, of the student and of the one-hot control, which rises by itself where the
+teacher gets worse (under label noise a teacher stopped early is the better network); and how the student deviates,
+slope and mean Y − X on the teacher's hardest quarter, the latter minus the control's.
 
 Run folders are those of switch_distill.py; a teacher that lacks a state is to be trained again with --snapshot-at.
 Writes pays.png/.pdf, pays.json, pays.md and claims into --results.
@@ -32,14 +32,17 @@ MEASURES = {
     "onehot_accuracy": ("test", "fidelity", "control", "accuracy"),
     "student_accuracy": ("test", "fidelity", "student", "accuracy"),
     "lead": ("test", "fidelity", "student-teacher", "accuracy"),
+    "control_lead": ("test", "fidelity", "control-teacher", "accuracy"),
     "gain": ("test", "fidelity", "student-control", "accuracy"),
     "slope": ("train", "predicted", "student", "slope"),
     "control_slope": ("train", "predicted", "control", "slope"),
+    "slope_gap": ("train", "predicted", "student-control", "slope"),
     "low_below": ("train", "predicted", "student", "low_below"),
     "control_low_below": ("train", "predicted", "control", "low_below"),
     "low_gap": ("train", "predicted", "student-control", "low_gap"),
 }
 PERCENT = [name for name, key in MEASURES.items() if key[-1] in deviation.SHARES]
+DIFFERENCES = ("lead", "control_lead", "gain")  # of accuracies
 
 
 def run_folders(base, shares, seed):
@@ -89,73 +92,79 @@ def points_of(data, teacher, student, control):
     return points
 
 
-def measure(seeds, resamples):
-    """{name of MEASURES: value with its interval} for one share, from each seed's `points_of`."""
-    per_seed = []
+def draws_of(seeds, resamples):
+    """{name of MEASURES: [array [1 + B] of each seed, as `claims.combine` takes them]}, from each seed's `points_of`.
+
+    The bootstrap draws are the same for every teacher, so that differences between two of them are paired.
+    """
+    draws = {name: [] for name in MEASURES}
     for points in seeds:
         found = {split: deviation.replicates(point, resamples) for split, point in points.items()}
-        accuracy = {name: found["test"]["fidelity", name, "accuracy"] for name in ("student", "teacher")}
-        found["test"]["fidelity", "student-teacher", "accuracy"] = accuracy["student"] - accuracy["teacher"]
-        per_seed.append(found)
-    table = {}
-    for name, (split, *key) in MEASURES.items():
-        table[name] = claims.combine([found[split][tuple(key)] for found in per_seed])
-        if name in PERCENT:
-            table[name] = claims.within(table[name], -1.0 if name in ("lead", "gain") else 0.0)
-    return table
+        test = found["test"]
+        for name in ("student", "control"):
+            lead = test["fidelity", name, "accuracy"] - test["fidelity", "teacher", "accuracy"]
+            test["fidelity", f"{name}-teacher", "accuracy"] = lead
+        for name, (split, *key) in MEASURES.items():
+            draws[name].append(found[split][tuple(key)])
+    return draws
 
 
-def pays_claims(rows):
-    """Claims rows: what rises with the teacher's fit, and what the student of the last teacher gains."""
+def measured(draws):
+    """{name of MEASURES: value with its interval} of one teacher's `draws_of`."""
+    row = {name: claims.combine(of_seeds) for name, of_seeds in draws.items()}
+    for name in PERCENT:
+        row[name] = claims.within(row[name], -1.0 if name in DIFFERENCES else 0.0)
+    return row
+
+
+def pays_claims(first, last):
+    """Claims rows: what rises with the teacher's fit, and what the student of the last teacher gains.
+
+    first, last: `draws_of` the first and the last teacher.
+    """
     found = []
-    last = rows[-1]
-    rising = {
-        "lead": "the student's lead over its own teacher",
-        "slope": "the student's train slope",
-        "gain": "the gain over one-hot (of which the paper says nothing)",
-    }
-    if len(rows) > 1:
-        for name, text in rising.items():
-            gain = claims.over_seeds(np.array(last[name]["seeds"]) - np.array(rows[0][name]["seeds"]))
-            unit = "" if name == "slope" else "points"
-            note = "last teacher minus first, over seeds"
-            row = claims.claim(f"{text} rises with the teacher's fit", "> 0", gain, 0, note, unit=unit)
-            if name == "lead":
-                row = claims.headline(row, "title")
-            found.append(row)
-    for name, text in (("lead", "its own teacher"), ("gain", "the one-hot control")):
-        text = f"the last teacher's student beats {text}"
-        found.append(claims.claim(text, "> 0", last[name], 0, "difference of test accuracies", unit="points"))
+    if first is not last:
+        rise = {name: claims.combine(np.subtract(last[name], first[name])) for name in MEASURES}
+        note = "last teacher minus first"
+        text = "the student's lead over its own teacher rises with the teacher's fit"
+        beside = dict(control=rise["control_lead"], difference=rise["gain"])
+        row = claims.claim(text, "> 0", rise["lead"], 0, note, unit="points", **beside)
+        found.append(claims.headline(row, "title"))
+        text = "the student's train slope rises with the teacher's fit"
+        beside = dict(control=rise["control_slope"], difference=rise["slope_gap"])
+        found.append(claims.claim(text, "> 0", rise["slope"], 0, note, **beside))
+        text = "the gain over one-hot (of which the paper says nothing) rises with the teacher's fit"
+        found.append(claims.claim(text, "> 0", rise["gain"], 0, note, unit="points"))
+    note = "difference of test accuracies"
+    at_end = {name: claims.combine(last[name]) for name in DIFFERENCES}
+    text = "the last teacher's student beats its own teacher"
+    beside = dict(control=at_end["control_lead"], difference=at_end["gain"])
+    found.append(claims.claim(text, "> 0", at_end["lead"], 0, note, unit="points", **beside))
+    text = "the last teacher's student beats the one-hot control"
+    found.append(claims.claim(text, "> 0", at_end["gain"], 0, note, unit="points"))
     return found
 
 
 def pays_markdown(rows):
-    """A line for each stopped teacher: MEASURES, in percent where they are shares."""
-    header = ["stopped at"]
-    for name in MEASURES:
-        header.append(name.replace("_", " "))
-        if name in PERCENT:
-            header[-1] += " %"
+    """A line for each of MEASURES, a column for each stopped teacher."""
     lines = []
-    for row in rows:
-        lines.append([f"{row['share']:g}"])
-        for name in MEASURES:
-            text = claims.cell(row[name], 100, 1) if name in PERCENT else claims.cell(row[name], 1, 2)
-            lines[-1].append(text)
-    return claims.markdown_table(header, lines)
+    for name in MEASURES:
+        unit = "%" if name in PERCENT else ""
+        lines.append([name.replace("_", " "), *(claims.in_unit(row[name], unit) for row in rows)])
+    return claims.markdown_table(["stopped at", *(f"{row['share']:g}" for row in rows)], lines)
 
 
 def plot(rows, folder, title):
-    """Over the teacher's train accuracy: the student's lead and gain, slopes, and the gap on the hardest quarter."""
+    """Over the teacher's train accuracy: leads over the teacher, slopes, and the gap on the hardest quarter."""
     figure, axes = claims.pyplot().subplots(1, 3, figsize=(9.5, 3.9))
     fit = [100 * row["fit"]["value"] for row in rows]
 
     def draw(axis, name, network, label, scale=1.0):
         claims.band(axis, fit, [row[name] for row in rows], scale, color=claims.COLOURS[network], label=label)
 
-    draw(axes[0], "lead", "teacher", "student minus its own teacher", 100)
-    draw(axes[0], "gain", "onehot", "student minus one-hot control", 100)
-    axes[0].set(ylabel="difference of test accuracies (points)", title="Lead and gain, test")
+    draw(axes[0], "lead", "kd", "KD student", 100)
+    draw(axes[0], "control_lead", "onehot", "one-hot control", 100)
+    axes[0].set(ylabel="network minus teacher (points)", title="Lead in test accuracy")
     draw(axes[1], "slope", "kd", "KD student")
     draw(axes[1], "control_slope", "onehot", "one-hot control")
     axes[1].set(ylabel="slope of φ(network) on φ(teacher)", title="Slope of the fit, train")
@@ -197,14 +206,15 @@ def main(argv=None):
     if args.train_only:
         return
 
-    rows = []
-    for k, share in enumerate(tqdm(shares, "measuring", leave=False, disable=args.quiet or None)):
-        points = [points_of(data, *of_seed[k]) for of_seed in trained]
-        rows.append(dict(share=share, **measure(points, args.bootstrap)))
+    draws = []
+    for k in tqdm(range(len(shares)), "measuring", leave=False, disable=args.quiet or None):
+        draws.append(draws_of([points_of(data, *of_seed[k]) for of_seed in trained], args.bootstrap))
+    rows = [dict(share=share, **measured(found)) for share, found in zip(shares, draws, strict=True)]
     over = claims.scope(len(trained), len(trained))
     runs.write_json(args.results / "pays.json", dict(intervals=f"95%, {over}", rows=rows))
     runs.write_text(args.results / "pays.md", pays_markdown(rows))
-    claims.save_claims(args.results, pays_claims(rows), f"{over}; {runs.fit_note(rows[-1]['fit']['value'])}")
+    fit = runs.fit_note(rows[-1]["fit"]["value"])
+    claims.save_claims(args.results, pays_claims(draws[0], draws[-1]), f"{over}; {fit}")
     print(f"all measures: {args.results / 'pays.md'}")
     which = "teachers stopped on the way" if len(rows) > 1 else "one teacher"
     plot(rows, args.results, f"{args.data}, {args.arch}, {which}; 95% intervals {over}")

@@ -47,7 +47,8 @@ def test_measures_are_those_of_the_runs(finished):
     for name in when_it_pays.MEASURES:
         assert rows[0][name]["low"] <= rows[0][name]["value"] <= rows[0][name]["high"]
     assert (folder / "results" / "pays" / "pays.png").exists() and "rises with the teacher's fit" in output
-    (row,) = claims.headlines(runs.read_json(folder / "results" / "pays" / "claims.json"))
+    found = runs.read_json(folder / "results" / "pays" / "claims.json")
+    (row,) = claims.headlines(found)
     assert row["section"] == "title" and row["claim"].startswith("the student's lead over its own teacher")
 
 
@@ -57,3 +58,19 @@ def test_a_teacher_without_the_state_is_named(finished, monkeypatch):
     one_line_error(process, "lacks its state at 0.34 of", "0.25 0.34 0.5")  # 0.95 rounds to the last step
     monkeypatch.chdir(folder)
     assert "--kd-weight 0 leaves nothing" in refused(when_it_pays, *TINY, "--kd-weight", 0)
+
+
+def test_a_lead_that_rises_because_the_teacher_gets_worse_is_as_the_control():
+    rng = np.random.default_rng(0)
+    points = claims.resampled_sums((rng.random((400, 1)) < 0.8).astype(float), 200, rng)[:, 0] / 400
+
+    def draws(teacher, student):
+        found = {name: [points] for name in when_it_pays.MEASURES}
+        found.update(lead=[points + student - teacher], control_lead=[points - teacher], gain=[0 * points + student])
+        return found
+
+    for student, verdict in ((0.0, "as the control"), (0.1, "holds")):
+        found = when_it_pays.pays_claims(draws(0.8, 0.0), draws(0.7, student))
+        assert found[0]["verdict"] == verdict and "points" in found[0]["control"]
+        assert len(found) == 5
+    assert len(when_it_pays.pays_claims(*[draws(0.7, 0.1)] * 2)) == 2  # one teacher alone
