@@ -36,7 +36,6 @@ LOSSES = dict(
     kd=dict(color=claims.COLOURS["kd"], label="KD"),
     smooth=dict(color=claims.COLOURS["smoothed"], label="smoothed labels"),
 )
-BATCH_SIZES = (16, 64, 256, 1024)
 QUARTERS = ("hardest quarter", "second quarter", "third quarter", "easiest quarter")
 UNRESOLVED = 10  # times the number of points: the largest noise scale that is told apart from infinity
 
@@ -66,7 +65,7 @@ def train_seed(args, seed, data):
         logits = engine.logits_of(teacher.model, data, data.x_train)
     smoothing = common.matched_smoothing(logits, args.temperature)
 
-    def smooth_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
+    def smooth_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, flags):
         logits = model(images).float()
         targets = common.smoothed(labels, data.classes, smoothing)
         return common.soft_loss(logits, targets, args.temperature).mean(), logits
@@ -77,6 +76,7 @@ def train_seed(args, seed, data):
     engine.train_student(folders["kd"], args, seed, data, common.student_loss, teacher, snapshots=kept)
     # Teacher and temperature say how much the labels are smoothed.
     facts = dict(targets="labels smoothed to the teacher's entropy", teacher_sha256=teacher.sha256)
+    facts["temperature"] = args.temperature
     engine.train_student(folders["smooth"], one_hot, seed, data, smooth_loss, snapshots=kept, **facts)
     return teacher, logits, smoothing
 
@@ -163,21 +163,12 @@ class Points(NamedTuple):
     held_out: tuple  # (images, targets) of the held-out images
     quarter: np.ndarray  # [N] of QUARTERS
     weights: torch.Tensor  # [R, N], see `batch_weights`
-    rows: dict  # {batch size: slice of R}
-    step_size: int  # the batch size of training
 
 
-def batch_weights(n, step_size, count, generator):
-    """`count` mini-batches of each of BATCH_SIZES and of step_size, drawn with replacement as the noise scale supposes.
-
-    Returns weights [R, n], a row for each mini-batch, and {size: slice of R}.
-    """
-    parts, rows = [], {}
-    for k, size in enumerate(sorted({*BATCH_SIZES, step_size})):
-        chosen = torch.randint(n, (count, size), generator=generator)
-        parts.append(torch.zeros(count, n).scatter_add_(1, chosen, torch.ones(count, size)) / size)
-        rows[size] = slice(k * count, (k + 1) * count)
-    return torch.cat(parts), rows
+def batch_weights(n, size, count, generator):
+    """Weights [count, n] of mini-batches of a size, which are drawn with replacement as the noise scale supposes."""
+    chosen = torch.randint(n, (count, size), generator=generator)
+    return torch.zeros(count, n).scatter_add_(1, chosen, torch.ones(count, size)) / size
 
 
 def some_test_images(data, count):
@@ -190,12 +181,12 @@ def some_test_images(data, count):
 def points_of(args, seed, data, chosen, x):
     """The `Points` of the training images `chosen`, whose teacher confidence is x [N]; the lowest x are the hardest."""
     quarter = (stats.rankdata(x, method="ordinal") - 1).astype(int) * len(QUARTERS) // len(x)
-    step_size = min(args.batch_size, len(data.y_train))
-    weights, rows = batch_weights(len(x), step_size, args.batches, common.generator("denoise", seed))
+    size = min(args.batch_size, len(data.y_train))
+    weights = batch_weights(len(x), size, args.batches, common.generator("denoise", seed))
     test_images, test_labels = some_test_images(data, args.held_out or len(data.y_test))
     held_out = data.normalise(test_images).contiguous(), F.one_hot(test_labels, data.classes).float()
     images = data.normalise(data.x_train[chosen]).contiguous()
-    return Points(images, held_out, quarter, weights.to(data.device), rows, step_size)
+    return Points(images, held_out, quarter, weights.to(data.device))
 
 
 def noise_scale(mean_square, square_of_mean, n):
@@ -219,10 +210,9 @@ def measure(model, points, losses):
     noise_scale: as the function of that name estimates it
     deviation: each point's part of it; the mean over points is the noise scale
     noise <quarter>: the mean of these parts over a quarter
-    cos_held_out <size>: cosine of a mini-batch gradient with the full one-hot gradient on held-out images, mean over
-        the batches of that size
-    first_order: the same for batches of the training's size. It is what a short step along the gradient takes off the
-        held-out loss, as a share of what steepest descent takes off
+    first_order: cosine of a mini-batch gradient with the full one-hot gradient on held-out images, mean over batches of
+        the training's size. It is what a short step along the gradient takes off the held-out loss, as a share of what
+        steepest descent takes off
     """
     uphill = mean_gradient(model, *points.held_out, 1.0)
     found = {}
@@ -237,9 +227,7 @@ def measure(model, points, losses):
             one[f"noise {name}"] = float(deviations[points.quarter == k].mean())
 
         cosines = batches @ uphill / batches.norm(dim=1).clamp(min=1e-30) / max(float(uphill.norm()), 1e-30)
-        for size in BATCH_SIZES:
-            one[f"cos_held_out {size}"] = float(cosines[points.rows[size]].mean())
-        one["first_order"] = float(cosines[points.rows[points.step_size]].mean())
+        one["first_order"] = float(cosines.mean())
         found[loss] = one
     return found
 
@@ -394,16 +382,13 @@ def bands(axis, seeds, xs, value_of, scale=np.asarray):
 
 
 def curves(axes, seeds, batch_size):
-    """Five axes: noise scale at shared parameters and along own runs, alignment, decrease; noise by quarter."""
+    """Four axes: noise scale at shared parameters and along own runs, decrease, noise by quarter."""
 
     def noise(table, loss, percent, of=("onehot", "kd")):
         return np.mean([math.log(max(table[run][percent][loss]["noise_scale"], 1e-12)) for run in of])
 
     def own_noise(table, loss, percent):
         return noise(table, loss, percent, [loss])
-
-    def cosine(table, loss, size):
-        return np.mean([at[loss][f"cos_held_out {size}"] for at in shared_checkpoints(table)])
 
     def decrease(table, loss, percent):
         return np.mean([table[run][percent][loss]["first_order"] for run in ("onehot", "kd")])
@@ -419,28 +404,24 @@ def curves(axes, seeds, batch_size):
     axes[1].set_title("(ii) Noise along each loss's own run")
     for axis in axes[:2]:
         axis.set(yscale="log", ylabel="noise scale tr(Σ)/‖G‖²", xlabel="training steps (%)")
-    bands(axes[2], seeds, BATCH_SIZES, cosine)
-    axes[2].set(xscale="log", xlabel="batch size", ylabel="cosine with held-out gradient")
-    axes[2].set_title("(iii) Alignment, shared parameters")
-    axes[2].set_xticks(BATCH_SIZES, BATCH_SIZES)
-    axes[2].minorticks_off()
-    bands(axes[3], seeds, percents, decrease)
-    axes[3].axhline(0, color="black", lw=0.8)
-    axes[3].set(xlabel="training steps (%)", ylabel="share of steepest descent")
-    axes[3].set_title(f"(iii) Decrease, batches of {batch_size}")
-    bands(axes[4], seeds, range(len(QUARTERS)), of_quarter, np.exp)
-    axes[4].set(yscale="log", xlabel="quarter by teacher confidence", ylabel="relative to one-hot on all points")
-    axes[4].set_title("Noise by quarter, shared parameters")
-    axes[4].set_xticks(range(len(QUARTERS)), [name.split()[0] for name in QUARTERS])
+    bands(axes[2], seeds, percents, decrease)
+    axes[2].axhline(0, color="black", lw=0.8)
+    axes[2].set(xlabel="training steps (%)", ylabel="share of steepest descent")
+    axes[2].set_title(f"(iii) Decrease, batches of {batch_size}")
+    bands(axes[3], seeds, range(len(QUARTERS)), of_quarter, np.exp)
+    axes[3].set(yscale="log", xlabel="quarter by teacher confidence", ylabel="relative to one-hot on all points")
+    axes[3].set_title("Noise by quarter, shared parameters")
+    axes[3].set_xticks(range(len(QUARTERS)), [name.split()[0] for name in QUARTERS])
 
 
 def plot(seeds, args):
     """The figure: what `compare` compares; where the noise falls, by quarter and by point, over the gap Y − X."""
-    figure, axes = claims.pyplot().subplots(2, 3, figsize=(9.5, 6.4))
-    curves(axes.flat[:5], seeds, args.batch_size)
-    claims.legend_below(figure, axes[0, 0])
+    places = [["shared", "own", "decrease"], ["quarters", "points", "points"]]
+    figure, axes = claims.pyplot().subplot_mosaic(places, figsize=(9.5, 6.4))
+    curves([axes[name] for name in ("shared", "own", "decrease", "quarters")], seeds, args.batch_size)
+    claims.legend_below(figure, axes["shared"])
 
-    axis = axes[1, 2]
+    axis = axes["points"]
     gap = np.concatenate([seed["gap"] for seed in seeds])
     x = np.concatenate([seed["x"] for seed in seeds])
     reductions = np.concatenate([seed["reductions"]["shared"] for seed in seeds])
