@@ -26,7 +26,7 @@ def seed_term(values):
 
 
 def mean_interval(values):
-    """(mean, low, high) of independent seeds that have no points in common; infinite ends for a single value."""
+    """(mean, low, high) over seeds alone, on given points; infinite ends for a single value."""
     values = np.asarray(values, float)
     half = math.sqrt(seed_term(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)

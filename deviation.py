@@ -52,7 +52,9 @@ def deviation_columns(x, y):
     below = low & (y < x)
     gap = y - x
     every = np.ones_like(x)
-    x, y = x - x.mean(), y - x.mean()  # one shift for both keeps squares small; `replicates` mends the intercept for it
+    shift = x.mean()  # one for both: it keeps squares small, and `replicates` mends the intercept for it
+    x = x - shift
+    y = y - shift
     return np.stack([every, x, y, x * x, x * y, low, below, low * gap, high, high * gap], axis=1)
 
 

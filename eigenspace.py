@@ -217,7 +217,7 @@ def descend(model, inputs, targets, recipe, order_key, observe):
         if step % per_epoch == 0:
             stream = common.generator("eigenspace order", order_key, step // per_epoch)
             order = torch.randperm(n, generator=stream).to(inputs.device)
-        start = step % per_epoch * batch
+        start = (step % per_epoch) * batch
         index = order[start : start + batch]
         loss = common.soft_loss(model(inputs[index]), targets[index], 1.0).mean()
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -332,7 +332,7 @@ def classifier_seed(data, arch, recipe, seed):
 # ---------------------------------------------------------------- claims
 
 BELOW = "the student's lower/top progress is below its teacher's at T = 1"
-TIE = "at equal top progress the student is less confident than its teacher on hard points and more on easy ones"
+TIE = "at equal top progress the student's confidence, less its teacher's, is lower on hard points than on easy ones"
 
 
 def linear_claims(results):

@@ -50,16 +50,20 @@ def run_folders(base, args, seed):
 
 
 def latest_snapshot(run, step):
-    """The newest readable snapshot-<at>.pt of a run with at <= step, or None; a note says which are damaged."""
+    """The newest snapshot-<at>.pt of a run with at <= step, or None."""
     files = [file for file in run.glob("snapshot-*.pt") if runs.RUN_FILE.fullmatch(file.name)]
     kept = {int(file.stem.removeprefix("snapshot-")): file for file in files}
-    for at in sorted((at for at in kept if at <= step), reverse=True):
-        try:
-            runs.load_checkpoint(kept[at])
-            return kept[at]
-        except InputError:
-            print(f"note: {kept[at]} is damaged and not used; the branch starts earlier")
-    return None
+    return kept.get(max((at for at in kept if at <= step), default=None))
+
+
+def switching(before, after, switch_step):
+    """The weights_at of a run whose loss weights are those of the flags `before`, and of `after` from a step on."""
+
+    def weights_at(step):
+        now = before if step < switch_step else after
+        return now.ce_weight, now.kd_weight
+
+    return weights_at
 
 
 def train_seed(base, args, seed, data):
@@ -86,11 +90,7 @@ def train_seed(base, args, seed, data):
     for direction in args.direction:
         before, after = SWITCHES[direction]
         for s, switch_step in switches.items():
-
-            def weights_at(step, before=flags[before], after=flags[after], switch_step=switch_step):
-                now = before if step < switch_step else after
-                return now.ce_weight, now.kd_weight
-
+            weights_at = switching(flags[before], flags[after], switch_step)
             # Without a state (the trunk was trained by another script, or with other switches) the branch is trained
             # from the start: slower, with the same result.
             start = latest_snapshot(folders[before], switch_step)
@@ -166,10 +166,8 @@ def table_markdown(rows):
         share = claims.cell(row["recovered"], 1, 2) if row["recovered"] else row["reason"]
         accuracies = [claims.cell(row[key], 100, 2) for key in ("accuracy", "difference")]
         gaps = [claims.cell(train[key]) for key in ("slope", "low_below", "low_gap")]
-        if "test" in row["deviation"]:
-            gaps.append(claims.cell(row["deviation"]["test"]["student"]["low_gap"]))
-        else:  # the teacher's logits of training images alone were given
-            gaps.append("–")
+        test = row["deviation"].get("test")  # None where logits of training images alone were given
+        gaps.append(claims.cell(test["student"]["low_gap"]) if test else "–")
         lines.append([ARROWS[row["direction"]], f"{row['s']:g}", *accuracies, share, *gaps])
     return claims.markdown_table(headers, lines)
 
@@ -249,10 +247,9 @@ def plot_curves(folders, args, title):
         for s in shares:
             epochs, accuracy = curves([of_seed[direction, s] for of_seed in folders])
             mean = accuracy.mean(0)
-            after = epochs > s * last  # before its switch a branch is its trunk
-            xs = np.concatenate([[s * last], epochs[after]])
-            ys = np.concatenate([[np.interp(s * last, epochs, mean)], mean[after]])
-            axis.plot(xs, ys, "v-", markevery=[0], ms=6, lw=1.4, color=shades[s], label=f"switched at s = {s:g}")
+            after = epochs >= s * last  # before its switch a branch is its trunk
+            style = dict(markevery=[0], ms=6, lw=1.4, color=shades[s])
+            axis.plot(epochs[after], mean[after], "v-", label=f"switched at s = {s:g}", **style)
         axis.set(xlabel="epoch", title=ARROWS[direction])
     axes[0][0].set_ylabel("test accuracy (%)")
     lines = sum((axis.get_lines() for axis in axes[0]), [])
