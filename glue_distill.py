@@ -6,8 +6,8 @@
     python glue_distill.py --task csv:reviews.csv --teacher FOLDER                        # columns text[,text2],label
 
 Each seed trains a teacher on the labels and, for each student, a one-hot control and a network distilled from the
-teacher's logits.npz. Text is not augmented, so these logits are exact. A saved model begins as teacher and as student
-from the same weights, with a head, an order and dropout of its own. --results gets glue.json and glue.md with all
+teacher's logits.npz. Text is not augmented, so these logits are exact. Teacher and student of a saved model begin from
+its weights, each with a head, an order and dropout of its own. --results gets glue.json and glue.md with all
 scores, and a folder for each student: fig1a, statistics and claims. Departures from the paper: sentence order is by
 length within pools of 50 batches; GLUE's dev set is the test set (its labels are public).
 """
@@ -195,7 +195,7 @@ def read_tsv(path, name):
 
 
 def csv_splits(path, data_seed, columns=None):
-    """(class names, splits) of a folder's train.csv and test.csv, or of a file, a seeded fifth of its texts is test."""
+    """(class names, splits) of a folder's train.csv and test.csv, or of a file; there a seeded fifth is test."""
     if path.is_dir():
         texts, words = read_csv(path / "train.csv", columns)
         more, more_words = read_csv(path / "test.csv", columns)
@@ -531,30 +531,33 @@ def run_folders(args, seed):
 
 def text_flags(model, args, distils):
     """The flags of one run of `model`, filled in where they depend on it; one that does not distil is one-hot."""
-    names = "batch_size warmup precision device overwrite quiet ce_weight kd_weight temperature".split()
-    flags = SimpleNamespace(arch=model.name, **{name: getattr(args, name) for name in names})
+    flags = SimpleNamespace(ce_weight=1.0, kd_weight=0.0, temperature=None)  # one control serves all temperatures
+    if distils:
+        flags = common.only_flags(args, common.add_student_flags)
+    flags.arch = model.name
+    for name in "batch_size warmup precision device overwrite quiet".split():
+        setattr(flags, name, getattr(args, name))
     # Pretrained: within Liu et al. 2019, table 10. From scratch 1e-3 for tiny, inversely with the width above it.
     scratch = size_of(model.name) is not None
     flags.lr = args.lr or (min(1e-3, 0.064 / model.config.hidden_size) if scratch else 2e-5)
     flags.epochs = args.epochs or (6 if scratch else 3)
-    if not distils:
-        flags = common.one_hot_flags(flags)
-        flags.temperature = None  # one control serves all temperatures
     return flags
 
 
 def train_text(run, model, args, role, seed, data, teacher_logits=None):
     """Train a teacher or student in the run folder `run`, and leave logits.npz there, unless it is finished already.
 
-    The loss is ce_weight·CE of the labels, and with teacher_logits (float32 [n_train, C]) kd_weight·T²·KL beside it;
-    without them it is CE alone.
+    The loss is `common.student_loss` with teacher_logits (float32 [n_train, C]), else `common.one_hot_loss`.
     """
     network = build_classifier(model, (role, seed)).to(args.device)
     flags = text_flags(model, args, teacher_logits is not None)
     facts = dict(model.facts, initial_sha256=runs.weights_hash(network.state_dict()), teacher_sha256=None)
+    loss_fn = common.one_hot_loss
     if teacher_logits is not None:
+        loss_fn = common.student_loss
         facts["teacher_sha256"] = hashlib.sha256(teacher_logits.tobytes()).hexdigest()
         teacher_logits = torch.as_tensor(teacher_logits).to(args.device)
+    facts["loss"] = runs.source_of(loss_fn)
     tokens = model.tokens["train"]
     labels = torch.as_tensor(data.splits["train"].labels).to(args.device)
     per_epoch = math.ceil(len(labels) / flags.batch_size)
@@ -566,14 +569,15 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
     optimizer = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)  # Liu et al. 2019
     sums = torch.zeros(3, dtype=torch.float64, device=args.device)
 
+    def classify(inputs):
+        return network(**inputs).logits
+
     def loss_of(index, ce_weight, kd_weight):
         where = index.to(args.device)
+        taught = None if teacher_logits is None else teacher_logits[where]
         with engine.autocast(args.device, args.precision):
-            logits = network(**tokens.batch(index)).logits
-        logits = logits.float()
-        loss = ce_weight * F.cross_entropy(logits, labels[where])
-        if teacher_logits is not None:
-            loss = loss + kd_weight * common.kd_loss(logits, teacher_logits[where], args.temperature)
+            given = (tokens.batch(index), labels[where], taught, ce_weight, kd_weight, args)
+            loss, logits = loss_fn(classify, *given)
         return loss, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
 
     def batches(epoch):
@@ -681,7 +685,7 @@ def report_scores(folders, data, args):
             kd = np.stack(draws[f"{student} kd", f"test_{names[-1]}"])
             onehot = np.stack(draws[f"{student} onehot", f"test_{names[-1]}"])
             text = f"{student}: KD has the higher {names[-1].upper()} on the dev set"
-            found.append(claims.claim(text, "> 0", claims.combine(kd - onehot), 0, "KD minus one-hot"))
+            found.append(claims.claim(text, "KD minus one-hot > 0", claims.combine(kd - onehot), 0))
     if found:
         claims.save_claims(args.results, found, over)
 
@@ -729,6 +733,8 @@ def parse(argv):
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
         raise InputError(f"two of {', '.join(sorted(names))} end alike, which names their run folders: rename one")
+    for loss in (common.one_hot_loss, common.student_loss):
+        runs.source_of(loss)  # noted now: the file may be edited while this runs
     args.device = engine.use_device(args.device)
     if args.precision == "auto":
         # The embedded task's numbers stay the same on every CPU.
@@ -746,7 +752,7 @@ def main(argv=None):
     import huggingface_hub
     import transformers
 
-    for library in (transformers, huggingface_hub):  # they warn of every new head, which is what is meant, and retries
+    for library in (transformers, huggingface_hub):  # no warnings of new heads, which are meant, nor of retries
         library.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
 
 import claims
+import common
 import engine
 import glue_distill
 import runs
@@ -367,6 +368,25 @@ def test_text_runs_hold_what_was_trained_and_teach_from_their_stored_logits(text
     names = {*"arch lr epochs batch_size warmup precision device overwrite quiet label_noise".split()}
     assert kd["flags"].keys() == onehot["flags"].keys() == names | {"ce_weight", "kd_weight", "temperature"}
     assert kd["facts"].keys() >= {"tokens_sha256", "initial_sha256", "max_length", "vocabulary"}
+    assert kd["facts"]["loss"] == runs.source_of(common.student_loss)
+    assert onehot["facts"]["loss"] == runs.source_of(common.one_hot_loss)
+
+
+def test_text_students_have_the_loss_of_common(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def doubled(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
+        loss, logits = real(model, images, labels, teacher_logits, ce_weight, kd_weight, args)
+        return 2 * loss, logits
+
+    real = common.student_loss
+    shutil.copytree(texts / "runs", "runs")
+    monkeypatch.setattr(common, "student_loss", doubled)
+    assert "facts.loss" in input_error(glue_distill, *LANGUAGE, "--student", "1x16")
+    shutil.rmtree(run_of("1x16-1x16-kd"))
+    language("--student", "1x16", "--train-only")
+    losses = [runs.read_metrics(run_of("1x16-1x16-kd", 0, folder))[0]["train_loss"] for folder in (".", texts)]
+    assert losses[0] == pytest.approx(2 * losses[1], rel=0.2)
 
 
 def test_the_language_report_agrees_with_the_runs(texts):
