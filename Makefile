@@ -59,7 +59,7 @@ lint: .venv/ready
 soak: .venv/ready
 	DISOBEY_SOAK=1 $(PY) -m pytest -q tests -k "faults or fuzz"
 
-# Without compiling: what is imported is compiled then, and all of it takes as long as the installation itself.
+# --no-compile: compiling every file would take as long as the installation; Python compiles what it imports.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv

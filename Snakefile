@@ -28,7 +28,7 @@ SETTINGS = {
 unknown = ", ".join(set(config) - set(SETTINGS))
 if unknown:
     sys.exit(f"error: there is no setting {unknown}: use {', '.join(SETTINGS)}")
-SETTINGS.update((name, str(value)) for name, value in config.items())
+SETTINGS.update((name, "" if value is None else str(value)) for name, value in config.items())
 SEEDS = SETTINGS["seeds"].split()
 DATA = f"--data {quote(SETTINGS['data'])}"
 DATA_DIR = f"--data-dir {quote(SETTINGS['data_dir'])}"
@@ -46,7 +46,7 @@ JOBS = {}  # {file: (command that makes it, files that it needs)}, of all but ne
 
 
 def mark(run, seed):
-    """A link to a run's logits, which are written last: it is gone, or newer, where they are."""
+    """A link to a run's logits.npz, made when the run is finished; without the logits it counts as missing."""
     return f"runs/{run}-s{seed}/.finished"
 
 
@@ -141,9 +141,11 @@ add_resnet56("rows/", f"{CIFAR100} --epochs 50", "0", {"fig1a": ""}, {}, "--widt
 
 # All texts, with a pretrained encoder. Epochs: the shortest of 3, 5, 10, 20 after which the teacher fits 90%.
 TEXT_ROWS = {"sst-2": (3, "0"), "cola": (3, "0 1 2"), "mrpc": (3, "0 1 2"), "rte": (3, "0 1 2")}
-ENCODER = quote(f"{SETTINGS['data_dir']}/minilm")
+ENCODER = f"{SETTINGS['data_dir']}/minilm"
+if not os.path.isdir(ENCODER):
+    ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # the same, from the hub
 for task, (epochs, seeds) in TEXT_ROWS.items():
-    flags = f"--task {task} --teacher {ENCODER} --student {ENCODER} --epochs {epochs} --precision bf16"
+    flags = f"--task {task} --teacher {quote(ENCODER)} --student {quote(ENCODER)} --epochs {epochs} --precision bf16"
     add_text(f"rows/{task}", f"results/rows/{task}", flags, seeds)
 
 # ---------------------------------------------------------------- the paper's grid, or the same with another recipe

@@ -1,7 +1,7 @@
 """Speed of training: this engine against the way peer repositories train, in images (or sentences) per second.
 
     python benchmark.py --arch resnet56 mobilenetv2 --images 50000
-    python benchmark.py --encoder data/minilm     # and glue_distill.py, against transformers' Trainer
+    python benchmark.py --encoder FOLDER     # and glue_distill.py, against transformers' Trainer
 
 The peers' way is that of RepDistiller: DataLoader with PIL transforms, fp32, batch 64, a teacher forward in every step
 of distillation, the loss read in every step. A speedup is over its best number of workers. Ours, in the real engine:
@@ -69,6 +69,7 @@ def peers(data, arch, kd, workers, epochs):
     """Images per second of each epoch, after one of warm-up, as peer repositories train."""
     from torchvision import transforms
 
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     networks = [common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1)]
     model, teacher = networks[0].to(data.device), networks[1].to(data.device).eval()
     steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad), transforms.RandomHorizontalFlip()]
@@ -149,14 +150,15 @@ def trainer_rates(args, sentences, settings):
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # it warns of the new head
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.encoder)
+    with runs.reading(args.encoder, "give a saved text encoder, a folder or a hub id"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.encoder)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(args.encoder)
     rows = [dict(tokenizer(text, truncation=True, max_length=128), labels=label) for text, label in sentences]
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.encoder)
     quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
     once = dict(num_train_epochs=1, per_device_train_batch_size=TEXT_BATCH, learning_rate=2e-5)
     rates = []
     with tempfile.TemporaryDirectory() as folder:
-        with runs.reading("transformers' Trainer", "pip install accelerate"):
+        with runs.reading("transformers' Trainer", "pip install accelerate 'transformers>=5'"):
             flags = transformers.TrainingArguments(folder, use_cpu=args.device == "cpu", **once, **quiet, **settings)
         padding = transformers.DataCollatorWithPadding(tokenizer)
         trainer = transformers.Trainer(model, flags, train_dataset=rows, data_collator=padding)
@@ -242,7 +244,8 @@ def measure_text(args, sentences):
         rates = trainer_rates(args, sentences, settings)
         peer_rows.append(timed(name, "one-hot", way, TEXT_BATCH, [rates]))
     for loss, rates in script_rates(args, sentences).items():
-        rows.append(timed(name, loss, "glue_distill.py", TEXT_BATCH, [rates]))
+        way = "glue_distill.py" if loss == "one-hot" else "glue_distill.py (peer: one-hot)"
+        rows.append(timed(name, loss, way, TEXT_BATCH, [rates]))
     return beside_best(peer_rows, rows)
 
 
@@ -253,7 +256,7 @@ def main(argv=None):
     add("--images", type=number(int, 128, 10_000_000), help="random images (default: 50000 on CUDA, 5000 on a CPU)")
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
     add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
-    add("--encoder", metavar="FOLDER", help="a saved text encoder, to time glue_distill.py too")
+    add("--encoder", metavar="MODEL", help="a text encoder, folder or hub id, to time glue_distill.py too")
     add("--sentences", metavar="FILE", default="data/glue/SST-2/train.tsv", help="for it: SST-2's train.tsv")
     common.add_device_flag(parser)
     add("--out", type=Path, default=Path("results/benchmark"), help="folder for table and JSON")
@@ -269,11 +272,11 @@ def main(argv=None):
     if args.encoder:
         sentences = read_sentences(args.sentences, SENTENCES)
         made.append(f"transformers {metadata.version('transformers')}")
+    text_rows = measure_text(args, sentences) if args.encoder else []  # first, for a library may be missing
     rows, lines = [], []
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)
-    if args.encoder:
-        rows += measure_text(args, sentences)
+    rows += text_rows
     for row in rows:
         if "workers" in row["way"] and row["speedup"] < 1:  # of the peers' numbers of workers the best alone is shown
             continue

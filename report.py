@@ -124,6 +124,7 @@ def read_claims(file):
     rows = runs.read_json(file)
     claims.claims_markdown(rows)  # for the errors of what is no table of claims
     claims.headlines_markdown(claims.headlines(rows))
+    # What all notes end with; commonprefix takes lists too.
     shared = os.path.commonprefix([row["note"].split("; ")[::-1] for row in rows])
     over = "; ".join(shared[::-1])
     for row in rows:
