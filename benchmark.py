@@ -103,13 +103,13 @@ def peers(data, arch, kd, workers, epochs):
 # ---------------------------------------------------------------- ours
 
 
-def student_flags(args, arch, kd, batch, *more):
+def student_flags(args, arch, kd, *more):
     """Flags of train_student.py for our ways; more: words of its command line."""
     parser = runs.Parser(__doc__)
     common.add_flags(parser)
     common.add_student_flags(parser)
     words = f"--quiet --data npz:random --arch {arch} --device {args.device} --epochs {args.epochs + 1}".split()
-    words += ["--batch-size", str(min(args.images, batch)), *more]
+    words += ["--batch-size", str(min(args.images, args.batch_size)), *more]
     if not kd:
         words += ["--ce-weight", "1", "--kd-weight", "0"]
     return engine.resolve(parser.parse_args(words))
@@ -223,15 +223,14 @@ def measure_images(args, arch, kd):
     for workers in WORKERS:
         rates = peers(data, arch, kd, workers, args.epochs)
         peer_rows.append(timed(arch, loss, f"peers, {workers} workers", PEERS_BATCH, [rates]))
-    for batch in args.batch_size:
-        flags = student_flags(args, arch, kd, batch)
-        eager = student_flags(args, arch, kd, batch, "--no-fast")
-        rows.append(timed(arch, loss, "eager", eager.batch_size, ours(eager, args.images)))
-        if flags.fast:  # on CUDA
-            rows.append(timed(arch, loss, "fast", flags.batch_size, ours(flags, args.images)))
-        if kd:
-            rows.append(timed(arch, loss, "table", flags.batch_size, ours(flags, args.images, table=True)))
-        rows.append(timed(arch, loss, "two processes", flags.batch_size, ours(flags, args.images, processes=2)))
+    flags = student_flags(args, arch, kd)
+    eager = student_flags(args, arch, kd, "--no-fast")
+    rows.append(timed(arch, loss, "eager", eager.batch_size, ours(eager, args.images)))
+    if flags.fast:  # on CUDA
+        rows.append(timed(arch, loss, "fast", flags.batch_size, ours(flags, args.images)))
+    if kd:
+        rows.append(timed(arch, loss, "table", flags.batch_size, ours(flags, args.images, table=True)))
+    rows.append(timed(arch, loss, "two processes", flags.batch_size, ours(flags, args.images, processes=2)))
     return beside_best(peer_rows, rows)
 
 
@@ -255,7 +254,7 @@ def main(argv=None):
     add("--arch", choices=common.ARCHS, nargs="+", default=["resnet20"], help="networks")
     add("--images", type=number(int, 128, 10_000_000), help="random images (default: 50000 on CUDA, 5000 on a CPU)")
     add("--epochs", type=number(int, 1), default=2, help="timed epochs behind each median")
-    add("--batch-size", type=number(int, 2), nargs="+", help="of ours (default: 512 on CUDA, 128 on a CPU)")
+    add("--batch-size", type=number(int, 2), help="of ours (default: 512 on CUDA, 128 on a CPU)")
     add("--encoder", metavar="MODEL", help="a text encoder, folder or hub id, to time glue_distill.py too")
     add("--sentences", metavar="FILE", default="data/glue/SST-2/train.tsv", help="for it: SST-2's train.tsv")
     common.add_device_flag(parser)
@@ -264,7 +263,7 @@ def main(argv=None):
     args.device = engine.use_device(args.device)
     cuda = args.device == "cuda"
     args.images = args.images or (50_000 if cuda else 5_000)
-    args.batch_size = args.batch_size or [512 if cuda else 128]
+    args.batch_size = args.batch_size or (512 if cuda else 128)
     args.out.mkdir(parents=True, exist_ok=True)
     versions = runs.versions()
     made = [versions["hardware"], f"{versions['threads']} threads", f"torch {versions['torch']}"]
