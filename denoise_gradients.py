@@ -312,8 +312,8 @@ def log_ratio(a, b):
     return math.log(max(a["noise_scale"], 1e-12) / max(b["noise_scale"], 1e-12))
 
 
-def compare(seed, other):
-    """Comparisons of kd with the loss `other` in one seed; each is positive when kd is the less noisy.
+def compare(seed, loss, other):
+    """Comparisons of two losses in one seed; each is positive when `loss` is less noisy than `other`.
 
     One alone misleads: far from its own minimum a loss has a large mean gradient, hence a low noise scale whatever its
     targets. So they are (i) at shared parameters, mean over the onehot and the kd run; (ii) every loss along its own
@@ -321,12 +321,24 @@ def compare(seed, other):
     """
     table = seed["table"]
     shared = shared_checkpoints(table)
-    own = [log_ratio(table[other][p][other], table["kd"][p]["kd"]) for p in table["kd"] if p != "0"]
+    own = [log_ratio(table[other][p][other], table[loss][p][loss]) for p in table[loss] if p != "0"]
     return {
-        "i": np.mean([log_ratio(at[other], at["kd"]) for at in shared]),
+        "i": np.mean([log_ratio(at[other], at[loss]) for at in shared]),
         "ii": np.mean(own),
-        "iii": np.mean([at["kd"]["first_order"] - at[other]["first_order"] for at in shared]),
+        "iii": np.mean([at[loss]["first_order"] - at[other]["first_order"] for at in shared]),
     }
+
+
+def fall_on_hard_points(seed, loss):
+    """How much more the noise falls from one-hot to `loss` on the hardest quarter than on the easiest.
+
+    At shared parameters, relative to the sum of both noise scales.
+    """
+    falls = []
+    for at in shared_checkpoints(seed["table"]):
+        hard, easy = (at["onehot"][f"noise {name}"] - at[loss][f"noise {name}"] for name in (QUARTERS[0], QUARTERS[-1]))
+        falls.append((hard - easy) / max(at["onehot"]["noise_scale"] + at[loss]["noise_scale"], 1e-12))
+    return np.mean(falls)
 
 
 def link(seed):
@@ -339,27 +351,35 @@ def link(seed):
 
 
 def denoise_claims(seeds):
-    """Claims rows: `compare` with its joint verdict, with either loss; and the link to the student–teacher gap."""
-    rows = []
-    for text, other, name in (
-        ("KD gradients are less noisy than one-hot gradients", "onehot", "one-hot"),
-        ("the reduction is not explained by softness alone", "smooth", "smoothed"),
+    """Claims rows: `compare` with its joint verdict; where the noise falls; the link to the student–teacher gap.
+
+    The control of KD against one-hot is smoothed labels against one-hot: as soft, but knowing nothing of the teacher.
+    """
+    text = "KD gradients are less noisy than one-hot gradients"
+    parts = []
+    verdicts = {}
+    held = 0  # by the control
+    ratio = "log ratio of noise scales, one-hot / KD"
+    share = "share of steepest descent, KD minus one-hot"
+    for key, where, note in (
+        ("i", "shared parameters", ratio),
+        ("ii", "own runs at the same progress", ratio),
+        ("iii", "decrease of the clean held-out loss at shared parameters", share),
     ):
-        scales = f"log ratio of noise scales, {name} / KD"
-        decrease = f"decrease, share of steepest descent, KD minus {name}"
-        compared = [compare(seed, other) for seed in seeds]
-        parts = []
-        verdicts = {}
-        for key, where, note in (
-            ("i", "shared parameters", scales),
-            ("ii", "own runs at the same progress", scales),
-            ("iii", "decrease of the clean held-out loss at shared parameters", decrease),
-        ):
-            measured = claims.over_seeds([values[key] for values in compared])
-            parts.append(claims.claim(f"{text}: ({key}) {where}", "> 0", measured, 0, note))
-            verdicts[key] = parts[-1]["verdict"]
-        rows += [claims.joint_claim(text, verdicts), *parts]
-    rows[0] = claims.headline(rows[0], "§5")
+        pairs = (("kd", "onehot"), ("smooth", "onehot"), ("kd", "smooth"))
+        kd, smooth, apart = (claims.over_seeds([compare(seed, *pair)[key] for seed in seeds]) for pair in pairs)
+        row = claims.claim(f"{text}: ({key}) {where}", "> 0", kd, 0, note, control=smooth, difference=apart)
+        verdicts[key] = row["verdict"]
+        held += claims.verdict((smooth["low"], smooth["high"]), 0) == "holds"
+        note = note.replace("one-hot", "smoothed")
+        of_softness = f"the reduction is not explained by softness alone: ({key}) {where}"
+        parts += [row, claims.claim(of_softness, "> 0", apart, 0, note)]
+    rows = [dict(claims.headline(claims.joint_claim(text, verdicts), "§5"), control=f"{held} of 3"), *parts]
+    kd, smooth = (np.array([fall_on_hard_points(seed, loss) for seed in seeds]) for loss in ("kd", "smooth"))
+    beside = dict(control=claims.over_seeds(smooth), difference=claims.over_seeds(kd - smooth))
+    text = "the noise falls more on the hardest quarter than on the easiest"
+    note = "parts of the noise scale, one-hot minus KD, relative to both scales"
+    rows.append(claims.headline(claims.claim(text, "> 0", claims.over_seeds(kd), 0, note, **beside), "§5"))
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
         measured = claims.over_seeds([link(seed)[key] for seed in seeds])

@@ -115,9 +115,15 @@ def test_measure_against_the_whole_gradient_matrix():
 # ---------------------------------------------------------------- claims
 
 
-def seed_of(scales, reductions):
-    """What is kept of a seed: noise scales {loss: number} at every checkpoint, all else equal; reductions of points."""
+def seed_of(scales, reductions, hard=1.0):
+    """What is kept of a seed: noise scales {loss: number} at every checkpoint, all else equal; reductions of points.
+
+    hard: the share of its scale that a loss has on the hardest quarter, over that on the easiest.
+    """
+    quarters = dict(zip(denoise_gradients.QUARTERS, (hard, 1, 1, 1), strict=True))
     statistics = {loss: dict(noise_scale=scale, first_order=0.1) for loss, scale in scales.items()}
+    for of_loss in statistics.values():
+        of_loss.update({f"noise {name}": of_loss["noise_scale"] * part for name, part in quarters.items()})
     table = {run: {percent: statistics for percent in ("0", "100")} for run in denoise_gradients.LOSSES}
     x = [0, 1, 2, 3, 5, 4, 7, 6]
     return dict(table=table, x=x, gap=list(range(8)), reductions=dict(shared=reductions))
@@ -125,9 +131,19 @@ def seed_of(scales, reductions):
 
 def test_comparisons_are_positive_where_kd_is_less_noisy():
     seed = seed_of(dict(onehot=10.0, kd=2.0, smooth=1.0), [0.0] * 8)
-    with_onehot, with_smooth = (denoise_gradients.compare(seed, other) for other in ("onehot", "smooth"))
+    with_onehot, with_smooth = (denoise_gradients.compare(seed, "kd", other) for other in ("onehot", "smooth"))
     assert with_onehot["i"] == with_onehot["ii"] == pytest.approx(np.log(5)) and with_onehot["iii"] == 0
     assert with_smooth["i"] == with_smooth["ii"] == pytest.approx(-np.log(2))
+
+
+@pytest.mark.parametrize("smooth, verdict, held", [(9.9, "holds", "0 of 3"), (2.0, "as the control", "2 of 3")])
+def test_what_smoothed_labels_do_too_is_as_the_control(smooth, verdict, held):
+    scales = [dict(onehot=10.0 + k / 10, kd=2.0 + k / 100, smooth=smooth + k % 2 / 5) for k in range(5)]
+    found = denoise_gradients.denoise_claims([seed_of(of_seed, [0.0] * 7 + [1.0], hard=1.5) for of_seed in scales])
+    assert found[1]["verdict"] == found[3]["verdict"] == verdict and found[0]["control"] == held
+    (hard,) = [row for row in found if "hardest quarter" in row["claim"]]
+    assert hard["verdict"] == verdict and hard["section"] == "§5"
+    assert hard["measured"] == pytest.approx(0.5 * 8 / 12, rel=0.02)
 
 
 def test_link_is_a_rank_correlation_with_the_confidence_taken_out():
@@ -172,9 +188,10 @@ def test_figure_statistics_and_claims(finished):
     assert result["tables"].keys() == {"onehot", "kd", "smooth"}
     assert result["tables"]["kd"].keys() == {"0", "25", "50", "100"}
     table = json.loads((out / "claims.json").read_text())
-    assert len(table) == 10 and {row["verdict"] for row in table} <= {"holds", "fails", "unclear", "mixed"}
-    (headline,) = claims.headlines(table)
-    assert headline["section"] == "§5" and headline["shown"].endswith(" of 3")
+    assert len(table) == 10 and {row["verdict"] for row in table} <= set(claims.VERDICTS)
+    headline, on_hard_points = claims.headlines(table)
+    assert headline["shown"].endswith(" of 3") and headline["control"].endswith(" of 3")
+    assert "hardest quarter" in on_hard_points["claim"] and on_hard_points["control"]
 
 
 def test_second_call_only_draws_and_other_settings_are_refused(finished, monkeypatch):
