@@ -300,6 +300,7 @@ def save_figure(figure, folder, name):
         # They hold names that a user gave: no formulas, any bytes.
         text.set_text(text.get_text().encode(errors="replace").decode())
         text.set_parse_math(False)
+        text.set_wrap(True)
     command = runs.command_line().encode(errors="replace").decode()
     # No file holds a date: the same run folders and command give the same bytes.
     for ending, metadata in (("pdf", dict(CreationDate=None)), ("png", dict(Command=command))):

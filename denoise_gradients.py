@@ -454,7 +454,7 @@ def plot(seeds, args):
 
     over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     fit = runs.fit_note(np.mean([seed["fit"] for seed in seeds]))
-    figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}; {fit}\n{seeds[0]['gradients']}")
+    figure.suptitle(f"Gradient noise, {args.data}, {args.arch}, {over}\n{fit}\n{seeds[0]['gradients']}")
     claims.save_figure(figure, args.results, "denoise")
 
 

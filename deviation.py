@@ -236,7 +236,7 @@ def plot_one(axis, x, y, x_ends, y_ends, fit):
     slope, intercept = fit["slope"]["value"], fit["intercept"]["value"]
     axis.plot(x_ends, x_ends, "k--", lw=1, label="y = x")
     axis.plot(x_ends, intercept + slope * x_ends, color=claims.COLOURS["other"], lw=1.5, label="least-squares fit")
-    axis.axvline(np.quantile(x, 0.25), color="0.4", lw=1, ls=":", label="end of the teacher's lowest quarter")
+    axis.axvline(np.quantile(x, 0.25), color="0.4", lw=1, ls=":", label="end of the teacher's hardest quarter")
     axis.set(xlim=x_ends, ylim=y_ends, xlabel="X = φ(teacher probability)")
 
 
@@ -263,7 +263,7 @@ def plot(points, tables, folder, title):
             axis.set_ylabel(f"Y = φ({name} probability)")
             slope, below = claims.cell(fit["slope"], 1, 2), claims.cell(fit["low_below"], 100, 0)
             size = f"n = {len(phi[name]):,}"
-            axis.set_title(f"{split}: {name}, slope {slope}, {size}\nlowest quarter: {below} % below y = x")
+            axis.set_title(f"{split}: {name}, slope {slope}, {size}\nhardest quarter: {below}% below y = x")
     claims.legend_below(figure, axes[0][0], columns=4 if len(networks) > 1 else 1)
     figure.suptitle(title)
     claims.save_figure(figure, folder, "fig1a")

@@ -159,7 +159,7 @@ def switch_table(folders, args):
 def table_markdown(rows):
     """The rows of `switch_table` as a Markdown table."""
     headers = ["direction", "s", "test accuracy %", "minus one-hot", "recovered gain"]
-    headers += ["train slope", "train low quarter below", "train low gap", "test low gap"]
+    headers += ["train slope", "train hardest quarter below", "train hardest gap", "test hardest gap"]
     lines = []
     for row in rows:
         train = row["deviation"]["train"]["student"]

@@ -217,7 +217,7 @@ def main(argv=None):
     claims.save_claims(args.results, pays_claims(draws[0], draws[-1]), f"{over}; {fit}")
     print(f"all measures: {args.results / 'pays.md'}")
     which = "teachers stopped on the way" if len(rows) > 1 else "one teacher"
-    plot(rows, args.results, f"{args.data}, {args.arch}, {which}; 95% intervals {over}")
+    plot(rows, args.results, f"{args.data}, {args.arch}, {which}\n95% intervals {over}")
 
 
 if __name__ == "__main__":
