@@ -82,10 +82,12 @@ def reading(what, fix="restore it or make it again", run=None):
     """
     try:
         yield
-    except (InputError, PermissionError, torch.cuda.OutOfMemoryError):  # which say nothing of what is in a file
+    except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # numpy, zip, pickle, PIL, json, a hub: each raises kinds of its own on damaged files
-        if run is not None:
+        if isinstance(error, PermissionError):
+            fix = "check its permissions"
+        elif run is not None:
             fix = train_again(run, fix)
         if isinstance(error, FileNotFoundError) and error.filename:  # torchvision's names none
             raise InputError(f"{error.filename} does not exist: {fix}") from None

@@ -84,6 +84,15 @@ def test_what_a_user_can_mend_is_one_line_and_code_2(error, words, capsys):
     assert code == 2 and len(lines) == 1 and lines[0].startswith(words), lines
 
 
+def test_no_run_is_blamed_for_what_is_not_in_its_files(tiny_runs):
+    """Whose advice would be to remove it."""
+    run = tiny_runs / "runs" / "kd-s0"
+    with pytest.raises(torch.cuda.OutOfMemoryError), runs.reading("checkpoint.pt", run=run):
+        raise torch.cuda.OutOfMemoryError
+    with pytest.raises(runs.InputError, match="check its permissions"), runs.reading("checkpoint.pt", run=run):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def test_a_bug_is_no_user_error(capsys):
     with pytest.raises(RuntimeError, match="shapes"):
         ending(RuntimeError("shapes do not fit"), capsys)
