@@ -232,7 +232,8 @@ def read_npz(path, keys=None, optional=()):
             keys = file.files if keys is None else keys
             missing = [key for key in keys if key not in file.files]
             if missing:
-                raise InputError(f"{path} lacks the arrays {', '.join(missing)}: it must hold {', '.join(keys)}")
+                there = ", ".join(file.files)
+                raise InputError(f"{path} lacks the arrays {', '.join(missing)}, it holds {there}: check the path")
             if file.zip.testzip():  # numpy compares no checksum where a damaged header asks for less than there is
                 raise ValueError("a checksum does not fit")
             arrays = {key: file[key] for key in file.files if key in keys or key in optional}
@@ -362,7 +363,7 @@ def read_array(path):
         if file.endswith(".csv"):
             return _csv_array(file)
         if file.endswith(".npz"):
-            arrays = read_npz(file)
+            arrays = read_npz(file, [name] if name else None)
         elif file.endswith((".pt", ".pth", ".safetensors")):
             found = load_tensors(file)
             if torch.is_tensor(found):

@@ -170,7 +170,7 @@ def test_arrays_come_back_as_they_were_written(tmp_path):
     assert plain(runs.read_npz(tmp_path / "a.npz")) == plain(arrays) and os.listdir(tmp_path) == ["a.npz"]
     assert list(runs.read_npz(tmp_path / "a.npz", ["b"])) == ["b"]
     assert set(runs.read_npz(tmp_path / "a.npz", ["b"], optional=["a", "c"])) == {"a", "b"}
-    with pytest.raises(runs.InputError, match="lacks the arrays c: it must hold a, c"):
+    with pytest.raises(runs.InputError, match="lacks the arrays c, it holds a, b: check the path"):
         runs.read_npz(tmp_path / "a.npz", ["a", "c"])
 
 
@@ -211,6 +211,7 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     np.save("t.npy", array)
     np.savez("one.npz", array)
     np.savez("both.npz", a=array, b=array + 1)
+    np.savez("beside.npz", a=array, names=np.array([{}]))
     torch.save(tensor, "t.pt")
     torch.save(dict(logits=tensor, labels=tensor + 1, epoch=3), "both.pth")
     torch.save(dict(epoch=3), "none.pt")
@@ -229,14 +230,14 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     Path("index.csv").write_text(",0,1\n0,0.5,1.5\n")
     for name in "t.npy one.npz both.npz:a t.pt both.pth:logits t.safetensors t.csv header.csv pandas.csv".split():
         assert np.array_equal(runs.read_array(Path(name)), array), name
-    for name in ("numpy1.pt", "numpy2.pt"):
+    for name in ("beside.npz:a", "numpy1.pt", "numpy2.pt"):
         assert np.array_equal(runs.read_array(name), array), name
     assert runs.read_array("exact.pt") == np.array([1 / 3])  # as of an .npy
     for name in ("both.npz:b", "both.pth:labels"):
         assert np.array_equal(runs.read_array(name), array + 1), name
     for name, message in {
         "both.npz": "both.npz holds a, b: name one as both.npz:NAME",
-        "both.npz:c": "both.npz holds a, b",
+        "both.npz:c": "both.npz lacks the arrays c, it holds a, b",
         "both.pth": "both.pth holds logits, labels: name one as",
         "none.pt": "none.pt holds no arrays",
         "sparse.pt": "sparse.pt cannot be read",
