@@ -565,8 +565,8 @@ def one_hot_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, ar
 def student_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args):
     """The loss of students: ce_weight·CE + kd_weight·T²·KL(teacher_T ‖ student_T), and the model's logits.
 
-    images [B, C, H, W], labels [B], teacher_logits [B, classes] or None in steps whose kd_weight is 0; the weights are
-    numbers or scalar tensors, args the flags. Returns (scalar, logits [B, classes]).
+    images [B, C, H, W], or the inputs of a text model; labels [B]; teacher_logits [B, classes], or None in steps whose
+    kd_weight is 0; the weights are numbers or scalar tensors; args the flags. Returns (scalar, logits [B, classes]).
     """
     logits = model(images).float()
     loss = ce_weight * F.cross_entropy(logits, labels)
