@@ -6,6 +6,7 @@ Intervals are 95%. Text shows accuracies in percent, files hold them as shares.
 import io
 import math
 import os
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -297,10 +298,11 @@ def legend_below(figure, axis, columns=4):
 def save_figure(figure, folder, name):
     """Write a matplotlib figure as PDF and as PNG, which records this command, into `folder`, and close it."""
     for text in (*figure.texts, *(axis.title for axis in figure.axes)):
-        # They hold names that a user gave: no formulas, any bytes.
-        text.set_text(text.get_text().encode(errors="replace").decode())
+        # They hold names that a user gave: no formulas, any bytes, any length.
+        shown = text.get_text().encode(errors="replace").decode()
+        columns = int(13 * figure.get_figwidth())  # letters that fit into its inches
+        text.set_text("\n".join(textwrap.fill(line, columns) for line in shown.splitlines()))
         text.set_parse_math(False)
-        text.set_wrap(True)
     command = runs.command_line().encode(errors="replace").decode()
     # No file holds a date: the same run folders and command give the same bytes.
     for ending, metadata in (("pdf", dict(CreationDate=None)), ("png", dict(Command=command))):
