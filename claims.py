@@ -300,7 +300,7 @@ def save_figure(figure, folder, name):
     for text in (*figure.texts, *(axis.title for axis in figure.axes)):
         # They hold names that a user gave: no formulas, any bytes, any length.
         shown = text.get_text().encode(errors="replace").decode()
-        columns = int(13 * figure.get_figwidth())  # letters that fit into its inches
+        columns = int(13 * figure.get_figwidth())  # 13 letters an inch
         text.set_text("\n".join(textwrap.fill(line, columns) for line in shown.splitlines()))
         text.set_parse_math(False)
     command = runs.command_line().encode(errors="replace").decode()

@@ -330,15 +330,16 @@ def compare(seed, loss, other):
 
 
 def fall_on_hard_points(seed, loss):
-    """How much more the noise falls from one-hot to `loss` on the hardest quarter than on the easiest.
+    """log(noise of one-hot / noise of `loss`) on the hardest quarter, minus the same on the easiest; shared parameters.
 
-    At shared parameters, relative to the sum of both noise scales.
+    0 where the noise falls by the same factor on all points.
     """
-    falls = []
-    for at in shared_checkpoints(seed["table"]):
-        hard, easy = (at["onehot"][f"noise {name}"] - at[loss][f"noise {name}"] for name in (QUARTERS[0], QUARTERS[-1]))
-        falls.append((hard - easy) / max(at["onehot"]["noise_scale"] + at[loss]["noise_scale"], 1e-12))
-    return np.mean(falls)
+
+    def fall(at, quarter):
+        one_hot, other = (max(at[name][f"noise {quarter}"], 1e-12) for name in ("onehot", loss))
+        return math.log(one_hot / other)
+
+    return np.mean([fall(at, QUARTERS[0]) - fall(at, QUARTERS[-1]) for at in shared_checkpoints(seed["table"])])
 
 
 def link(seed):
@@ -378,7 +379,7 @@ def denoise_claims(seeds):
     kd, smooth = (np.array([fall_on_hard_points(seed, loss) for seed in seeds]) for loss in ("kd", "smooth"))
     beside = dict(control=claims.over_seeds(smooth), difference=claims.over_seeds(kd - smooth))
     text = "the noise falls more on the hardest quarter than on the easiest"
-    note = "parts of the noise scale, one-hot minus KD, relative to both scales"
+    note = "log ratio of noise, one-hot / KD, hardest minus easiest quarter"
     rows.append(claims.headline(claims.claim(text, "> 0", claims.over_seeds(kd), 0, note, **beside), "§5"))
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
@@ -465,7 +466,7 @@ def add_measuring_flags(parser):
     add("--percents", type=share, nargs="+", default=[5.0, 25.0, 50.0], help="when to measure, besides 0 and 100")
     add("--points", type=number(int, 0), default=0, help="random training images with per-example gradients; 0 for all")
     add("--held-out", type=number(int, 0), default=2000, help="test images as held-out, 0 for all")
-    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of each size")
+    add("--batches", type=number(int, 2, 1000), default=8, help="mini-batches of the training's size")
 
 
 def main(argv=None):

@@ -332,7 +332,7 @@ def classifier_seed(data, arch, recipe, seed):
 # ---------------------------------------------------------------- claims
 
 BELOW = "the student's lower/top progress is below its teacher's at T = 1"
-TIE = "at equal top progress the student's confidence, less its teacher's, is lower on hard points than on easy ones"
+TIE = "at equal top progress the student's confidence minus its teacher's is lower on hard points than on easy ones"
 
 
 def linear_claims(results):

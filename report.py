@@ -32,7 +32,7 @@ FIGURES = {
     "pays": "When does it pay to disobey? Students of teachers that were stopped on the way.",
     "classifiers": "§4, classifiers: bias of first-layer progress to the top eigendirections; right, its tie to §3.",
     "linear": "§4, least squares: progress along eigendirections, and what the bias does to the risk.",
-    "denoise": "§5: noise scale, alignment and decrease of the held-out loss of one-hot, KD and smoothed labels.",
+    "denoise": "§5: noise of one-hot, KD and smoothed labels, decrease of the held-out loss, where the noise falls.",
 }
 ARROWS = {"onehot2kd": "one-hot → KD", "kd2onehot": "KD → one-hot"}
 # JSON files of docs/results: settings on real data, a row each, and the columns of README's headlines.

@@ -82,7 +82,7 @@ def reading(what, fix="restore it or make it again", run=None):
     """
     try:
         yield
-    except (InputError, torch.cuda.OutOfMemoryError):
+    except (InputError, torch.cuda.OutOfMemoryError):  # `cli` tells the second one
         raise
     except Exception as error:  # numpy, zip, pickle, PIL, json, a hub: each raises kinds of its own on damaged files
         if isinstance(error, PermissionError):
@@ -368,20 +368,20 @@ def read_array(path):
             found = load_tensors(file)
             if torch.is_tensor(found):
                 found = {"": found}
-            arrays = {key: _numpy_of(value) for key, value in found.items() if torch.is_tensor(value)}
+            arrays = {key: value for key, value in found.items() if torch.is_tensor(value)}
         else:
             # Mapped, for a damaged header may ask for more than any memory.
             return np.load(file, mmap_mode="r", allow_pickle=False)
     names = [name] if name else list(arrays)
     if len(names) != 1 or names[0] not in arrays:
         raise InputError(f"{file} holds {', '.join(map(str, arrays)) or 'no arrays'}: name one as {file}:NAME")
-    return arrays[names[0]]
-
-
-def _numpy_of(tensor):
-    if tensor.dtype == torch.bfloat16:  # which numpy has not
-        tensor = tensor.float()
-    return tensor.detach().numpy()
+    array = arrays[names[0]]
+    if not torch.is_tensor(array):
+        return array
+    with reading(file, "save it as a dense tensor of numbers"):
+        if array.is_floating_point() and array.dtype != torch.float64:  # numpy has no bfloat16, nor float8
+            array = array.float()
+        return array.detach().numpy()
 
 
 def _csv_array(file):
@@ -559,7 +559,7 @@ def start_run(run, args, role, seed, data, model, **facts):
             raise InputError(f"{run} is not empty and has no config.json: {fix}")
     teacher = facts.get("teacher")
     if args.overwrite and teacher and run.resolve() in (Path(teacher).resolve(), *Path(teacher).resolve().parents):
-        raise InputError(f"--overwrite would discard {run}, this run's own teacher: choose another --out")
+        raise InputError(f"--overwrite would discard {run}, where this run's teacher lies: choose another --out")
     if args.overwrite or not path.exists():
         discard(run, role)
         write_json(path, config)
@@ -617,16 +617,21 @@ def source_of(function):
     """A loss for config.json: its lines and those of what it calls in its own file, no comments; None: no source."""
     if not inspect.isfunction(function):
         return None
-    return _source_of(function.__code__, function.__module__)
+    function = inspect.unwrap(function)
+    parts = [function.__code__]
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if inspect.isfunction(called) and called.__module__ == function.__module__:
+            parts.append(inspect.unwrap(called).__code__)
+    return _source_of(tuple(parts))
 
 
-@functools.cache  # as it was when it was first asked for: the file may be edited while this runs
-def _source_of(code, module):
-    # By its code, which is the same each time that a function inside of another one is made.
-    called = [vars(sys.modules[module]).get(name) for name in code.co_names]
-    same_file = [part.__code__ for part in called if inspect.isfunction(part) and part.__module__ == module]
+# As it was when it was first asked for: the file may be edited while this runs. By code, which is the same each time
+# that a function inside of another one is made.
+@functools.cache
+def _source_of(parts):
     lines = []
-    for part in (code, *same_file):
+    for part in parts:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         except (OSError, SyntaxError):

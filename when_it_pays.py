@@ -5,9 +5,9 @@
 
 The paper's claims are about teachers that interpolate their training labels. Here the teachers are states of one
 teacher run, after the shares --stop-at of its training, and their students train in full length. Over the teacher's
-train accuracy: the lead over that teacher, of the student and of the one-hot control, which rises by itself where the
-teacher gets worse (under label noise a teacher stopped early is the better network); and how the student deviates,
-slope and mean Y − X on the teacher's hardest quarter, the latter minus the control's.
+train accuracy: the student's lead over that teacher, and the one-hot control's, for any network's lead rises where the
+teacher gets worse (under label noise one stopped early is the better network); and how the student deviates, slope and
+mean Y − X on the teacher's hardest quarter, the latter minus the control's.
 
 Run folders are those of switch_distill.py; a teacher that lacks a state is to be trained again with --snapshot-at.
 Writes pays.png/.pdf, pays.json, pays.md and claims into --results.
@@ -150,6 +150,8 @@ def pays_markdown(rows):
     lines = []
     for name in MEASURES:
         unit = "%" if name in PERCENT else ""
+        if name in DIFFERENCES:
+            unit = "points"
         lines.append([name.replace("_", " "), *(claims.in_unit(row[name], unit) for row in rows)])
     return claims.markdown_table(["stopped at", *(f"{row['share']:g}" for row in rows)], lines)
 

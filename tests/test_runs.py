@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import importlib
 import json
 import math
@@ -213,7 +214,8 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     np.savez("both.npz", a=array, b=array + 1)
     np.savez("beside.npz", a=array, names=np.array([{}]))
     torch.save(tensor, "t.pt")
-    torch.save(dict(logits=tensor, labels=tensor + 1, epoch=3), "both.pth")
+    other = torch.ones(2).to(torch.float8_e4m3fn)
+    torch.save(dict(logits=tensor, labels=tensor + 1, other=other, epoch=3), "both.pth")
     torch.save(dict(epoch=3), "none.pt")
     torch.save(tensor.to_sparse(), "sparse.pt")
     torch.save(torch.tensor([1 / 3], dtype=torch.float64), "exact.pt")
@@ -238,7 +240,7 @@ def test_an_array_is_read_from_every_kind_of_file(tmp_path, monkeypatch):
     for name, message in {
         "both.npz": "both.npz holds a, b: name one as both.npz:NAME",
         "both.npz:c": "both.npz lacks the arrays c, it holds a, b",
-        "both.pth": "both.pth holds logits, labels: name one as",
+        "both.pth": "both.pth holds logits, labels, other: name one as",
         "none.pt": "none.pt holds no arrays",
         "sparse.pt": "sparse.pt cannot be read",
         "torn.npy": "torn.npy cannot be read",
@@ -491,6 +493,7 @@ def test_the_source_of_a_loss_is_its_code_and_what_it_calls(tmp_path, monkeypatc
     assert runs.source_of(edited.of_seed()) == before
     Path(tmp_path, "edited.py").write_text(f"# while it runs\n\n\ndef loss(x):\n    return 2 * x\n{of_seed}")
     assert runs.source_of(edited.loss) == before and runs.source_of(edited.of_seed()) == before
+    assert runs.source_of(functools.wraps(loss)(lambda x: loss(x))) == runs.source_of(loss)  # as decorators do
     text = "\n".join(runs.source_of(common.student_loss))
     assert "def student_loss" in text and "def kd_loss" in text
 

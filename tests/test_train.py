@@ -343,8 +343,8 @@ def test_bad_input_discards_nothing_even_with_overwrite(tiny_runs, tmp_path, mon
         ("--subset", train_teacher, "--out", "teacher", "--subset", 1),
         ("--batch-size", train_teacher, "--out", "teacher", "--batch-size", 1),
         ("absent", train_student, "--out", "kd", "--teacher", "absent"),
-        ("would discard kd, this run's own teacher", train_student, "--out", "./kd", "--teacher", "kd"),
-        ("would discard kd, this run's own", train_student, "--out", "kd", "--teacher-logits", "kd/t.pt"),
+        ("would discard kd, where this run's teacher lies", train_student, "--out", "./kd", "--teacher", "kd"),
+        ("would discard kd, where", train_student, "--out", "kd", "--teacher-logits", "kd/t.pt"),
     ]:
         line = refused(module, *TINY, "--overwrite", *flags)
         assert words in line, line
