@@ -230,7 +230,7 @@ def curves(folders):
 
 
 def plot_curves(folders, args, title):
-    """Test accuracy over training: pure runs with their seeds; the mean of a switch from its next evaluated epoch on."""
+    """Test accuracy over training: pure runs with their seeds; the mean of a switch from the next evaluated epoch."""
     plt = claims.pyplot()
     directions = args.direction
     shares = [s for s in args.switch_at if 0 < s < 1]
