@@ -267,11 +267,10 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     versions = runs.versions()
     made = [versions["hardware"], f"{versions['threads']} threads", f"torch {versions['torch']}"]
-    sentences = []
-    if args.encoder:
-        sentences = read_sentences(args.sentences, SENTENCES)
+    text_rows = []
+    if args.encoder:  # first, for a library may be missing
         made.append(f"transformers {metadata.version('transformers')}")
-    text_rows = measure_text(args, sentences) if args.encoder else []  # first, for a library may be missing
+        text_rows = measure_text(args, read_sentences(args.sentences, SENTENCES))
     rows, lines = [], []
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)

@@ -169,8 +169,11 @@ def claim(text, expected, measured, threshold, note="", above=True, unit="", con
     return dict(row, shown=in_unit(measured, unit), control=in_unit(control, unit) if control else "")
 
 
-def joint_claim(text, verdicts):
-    """The row of a claim with the common verdict of all its comparisons, {comparison: verdict}, else "mixed"."""
+def joint_claim(text, verdicts, of_controls=()):
+    """The row of a claim with the common verdict of all its comparisons, {comparison: verdict}, else "mixed".
+
+    of_controls: the verdicts on the same comparisons of their controls.
+    """
     held = list(verdicts.values()).count("holds")
     note = "; ".join(f"({key}) {found}" for key, found in verdicts.items())
     note += ". Measured: how many hold, without interval"
@@ -178,6 +181,8 @@ def joint_claim(text, verdicts):
     row["verdict"] = "mixed"
     if len(set(verdicts.values())) == 1:
         row["verdict"] = next(iter(verdicts.values()))
+    if of_controls:
+        row["control"] = f"{of_controls.count('holds')} of {len(of_controls)}"
     return dict(row, shown=f"{held} of {len(verdicts)}")
 
 

@@ -75,8 +75,8 @@ def train_seed(args, seed, data):
     engine.train_student(folders["onehot"], one_hot, seed, data, common.one_hot_loss, snapshots=kept)
     engine.train_student(folders["kd"], args, seed, data, common.student_loss, teacher, snapshots=kept)
     # Teacher and temperature say how much the labels are smoothed.
-    facts = dict(targets="labels smoothed to the teacher's entropy", teacher_sha256=teacher.sha256)
-    facts["temperature"] = args.temperature
+    facts = dict(targets="labels smoothed to the teacher's entropy")
+    facts.update(teacher_sha256=teacher.sha256, temperature=args.temperature)
     engine.train_student(folders["smooth"], one_hot, seed, data, smooth_loss, snapshots=kept, **facts)
     return teacher, logits, smoothing
 
@@ -307,9 +307,9 @@ def shared_checkpoints(table):
     return [*table["onehot"].values(), *later]
 
 
-def log_ratio(a, b):
-    """log of the ratio of two noise scales, from the statistics of two losses."""
-    return math.log(max(a["noise_scale"], 1e-12) / max(b["noise_scale"], 1e-12))
+def log_ratio(a, b, statistic="noise_scale"):
+    """log of the ratio of two noise scales, or of their parts, from the statistics of two losses."""
+    return math.log(max(a[statistic], 1e-12) / max(b[statistic], 1e-12))
 
 
 def compare(seed, loss, other):
@@ -334,12 +334,12 @@ def fall_on_hard_points(seed, loss):
 
     0 where the noise falls by the same factor on all points.
     """
-
-    def fall(at, quarter):
-        one_hot, other = (max(at[name][f"noise {quarter}"], 1e-12) for name in ("onehot", loss))
-        return math.log(one_hot / other)
-
-    return np.mean([fall(at, QUARTERS[0]) - fall(at, QUARTERS[-1]) for at in shared_checkpoints(seed["table"])])
+    falls = []
+    for at in shared_checkpoints(seed["table"]):
+        hard = log_ratio(at["onehot"], at[loss], f"noise {QUARTERS[0]}")
+        easy = log_ratio(at["onehot"], at[loss], f"noise {QUARTERS[-1]}")
+        falls.append(hard - easy)
+    return np.mean(falls)
 
 
 def link(seed):
@@ -359,7 +359,9 @@ def denoise_claims(seeds):
     text = "KD gradients are less noisy than one-hot gradients"
     parts = []
     verdicts = {}
-    held = 0  # by the control
+    of_controls = []
+    pairs = (("kd", "onehot"), ("smooth", "onehot"), ("kd", "smooth"))
+    kd, smooth, apart = (claims.over_seeds([compare(seed, *pair) for seed in seeds]) for pair in pairs)
     ratio = "log ratio of noise scales, one-hot / KD"
     share = "share of steepest descent, KD minus one-hot"
     for key, where, note in (
@@ -367,15 +369,14 @@ def denoise_claims(seeds):
         ("ii", "own runs at the same progress", ratio),
         ("iii", "decrease of the clean held-out loss at shared parameters", share),
     ):
-        pairs = (("kd", "onehot"), ("smooth", "onehot"), ("kd", "smooth"))
-        kd, smooth, apart = (claims.over_seeds([compare(seed, *pair)[key] for seed in seeds]) for pair in pairs)
-        row = claims.claim(f"{text}: ({key}) {where}", "> 0", kd, 0, note, control=smooth, difference=apart)
+        beside = dict(control=smooth[key], difference=apart[key])
+        row = claims.claim(f"{text}: ({key}) {where}", "> 0", kd[key], 0, note, **beside)
         verdicts[key] = row["verdict"]
-        held += claims.verdict((smooth["low"], smooth["high"]), 0) == "holds"
+        of_controls.append(claims.verdict((smooth[key]["low"], smooth[key]["high"]), 0))
         note = note.replace("one-hot", "smoothed")
         of_softness = f"the reduction is not explained by softness alone: ({key}) {where}"
-        parts += [row, claims.claim(of_softness, "> 0", apart, 0, note)]
-    rows = [dict(claims.headline(claims.joint_claim(text, verdicts), "§5"), control=f"{held} of 3"), *parts]
+        parts += [row, claims.claim(of_softness, "> 0", apart[key], 0, note)]
+    rows = [claims.headline(claims.joint_claim(text, verdicts, of_controls), "§5"), *parts]
     kd, smooth = (np.array([fall_on_hard_points(seed, loss) for seed in seeds]) for loss in ("kd", "smooth"))
     beside = dict(control=claims.over_seeds(smooth), difference=claims.over_seeds(kd - smooth))
     text = "the noise falls more on the hardest quarter than on the easiest"

@@ -374,8 +374,7 @@ def classifier_claims(data, results):
             if arch == "linear" and measure == "ratio":
                 row = claims.headline(row, "§4")
             rows.append(row)
-        row = claims.headline(claims.joint_claim(f"{joint}: {text}", verdicts), "§4")
-        rows.append(dict(row, control=f"{of_controls.count('holds')} of {len(of_controls)}"))
+        rows.append(claims.headline(claims.joint_claim(f"{joint}: {text}", verdicts, of_controls), "§4"))
     return rows
 
 

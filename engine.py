@@ -31,8 +31,7 @@ TABLE_BYTES = 2**32  # of a table of teacher logits: a fixed limit, so that a co
 def resolve(args):
     """Fill in what the flags left to the recipe and to the machine; returns args."""
     common.fill_recipe(args)
-    for loss in (common.one_hot_loss, common.student_loss):
-        runs.source_of(loss)  # noted now: the file may be edited while this runs
+    note_losses()
     for flag in ("arch", "mean", "std", "size"):  # of scripts that have these flags
         if getattr(args, f"teacher_{flag}", None) and not (args.teacher and args.teacher_arch):
             raise InputError(f"--teacher-{flag} is of a file of weights: give --teacher FILE and --teacher-arch too")
@@ -44,6 +43,12 @@ def resolve(args):
     if args.fast is None:
         args.fast = args.device == "cuda"  # measured on a CPU: compiling gains nothing over channels_last and bf16
     return args
+
+
+def note_losses():
+    """Note the source of the losses before the first run: the file may be edited while a command runs."""
+    for loss in (common.one_hot_loss, common.student_loss):
+        runs.source_of(loss)
 
 
 def use_device(device):
@@ -166,9 +171,8 @@ def read_state(file, wanted):
         for key in ("state_dict", "model_state_dict", "model", "net"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
-        if not isinstance(state, dict) or not state:
-            raise ValueError("it holds no state dict")
-        if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        entries = state.items() if isinstance(state, dict) else ()
+        if not entries or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in entries):
             raise ValueError("it holds no state dict")
     names = [name for name in wanted if "num_batches_tracked" not in name]  # which old files lack
     ends = [name.removesuffix(names[0]) for name in state if f".{name}".endswith(f".{names[0]}")]

@@ -733,8 +733,7 @@ def parse(argv):
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
         raise InputError(f"two of {', '.join(sorted(names))} end alike, which names their run folders: rename one")
-    for loss in (common.one_hot_loss, common.student_loss):
-        runs.source_of(loss)  # noted now: the file may be edited while this runs
+    engine.note_losses()
     args.device = engine.use_device(args.device)
     if args.precision == "auto":
         # The embedded task's numbers stay the same on every CPU.

@@ -558,7 +558,7 @@ def start_run(run, args, role, seed, data, model, **facts):
             fix = "choose another --out; if it was a run, --overwrite trains it again"
             raise InputError(f"{run} is not empty and has no config.json: {fix}")
     teacher = facts.get("teacher")
-    if args.overwrite and teacher and run.resolve() in (Path(teacher).resolve(), *Path(teacher).resolve().parents):
+    if args.overwrite and teacher and Path(teacher).resolve().is_relative_to(run.resolve()):
         raise InputError(f"--overwrite would discard {run}, where this run's teacher lies: choose another --out")
     if args.overwrite or not path.exists():
         discard(run, role)

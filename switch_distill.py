@@ -53,7 +53,10 @@ def latest_snapshot(run, step):
     """The newest snapshot-<at>.pt of a run with at <= step, or None."""
     files = [file for file in run.glob("snapshot-*.pt") if runs.RUN_FILE.fullmatch(file.name)]
     kept = {int(file.stem.removeprefix("snapshot-")): file for file in files}
-    return kept.get(max((at for at in kept if at <= step), default=None))
+    before = [at for at in kept if at <= step]
+    if not before:
+        return None
+    return kept[max(before)]
 
 
 def switching(before, after, switch_step):
