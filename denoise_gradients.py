@@ -233,7 +233,7 @@ def measure(model, points, losses):
 
 
 def measure_seed(args, seed, data):
-    """The `measurements` of one seed, kept or made now, its runs too, and the share of labels that its teacher fits."""
+    """The `measurements` of one seed, kept or made now, its runs too; test accuracies, and what its teacher fits."""
     teacher, logits, smoothing = train_seed(args, seed, data)
     folders = run_folders(args, seed)
     states = {what: states_of(folders[what], args, seed, data) for what in LOSSES}
@@ -247,7 +247,8 @@ def measure_seed(args, seed, data):
         kept.unlink(missing_ok=True)
     fit = (logits.argmax(1) == data.y_train).double().mean().item()
     given = (args, seed, data, states, logits, smoothing)
-    return dict(runs.kept_result(kept, settings, measurements, *given), fit=fit)
+    accuracy = {what: runs.read_metrics(folders[what])[-1]["test_acc"] for what in LOSSES}
+    return dict(runs.kept_result(kept, settings, measurements, *given), fit=fit, accuracy=accuracy)
 
 
 def measurements(args, seed, data, states, logits, smoothing):
@@ -352,7 +353,7 @@ def link(seed):
 
 
 def denoise_claims(seeds):
-    """Claims rows: `compare` with its joint verdict; where the noise falls; the link to the student–teacher gap.
+    """Claims rows: `compare` with its joint verdict; where the noise falls; KD's accuracy; the link to the gap Y − X.
 
     The control of KD against one-hot is smoothed labels against one-hot: as soft, but knowing nothing of the teacher.
     """
@@ -382,6 +383,10 @@ def denoise_claims(seeds):
     text = "the noise falls more on the hardest quarter than on the easiest"
     note = "log ratio of noise, one-hot / KD, hardest minus easiest quarter"
     rows.append(claims.headline(claims.claim(text, "> 0", claims.over_seeds(kd), 0, note, **beside), "§5"))
+    text = "KD is more accurate than labels as soft as its teacher"
+    gains = claims.over_seeds([seed["accuracy"]["kd"] - seed["accuracy"]["smooth"] for seed in seeds])
+    row = claims.claim(text, "> 0", gains, 0, "difference of test accuracies", unit="points")
+    rows.append(claims.headline(row, "§3.2"))
     note = "Spearman correlation of noise reduction and gap Y − X, training points"
     for key, more in (("plain", ""), ("given_x", ", at the same teacher confidence X")):
         measured = claims.over_seeds([link(seed)[key] for seed in seeds])

@@ -6,8 +6,8 @@
 The paper's claims are about teachers that interpolate their training labels. Here the teachers are states of one
 teacher run, after the shares --stop-at of its training, and their students train in full length. Over the teacher's
 train accuracy: the student's lead over that teacher, and the one-hot control's, for any network's lead rises where the
-teacher gets worse (under label noise one stopped early is the better network); and how the student deviates, slope and
-mean Y − X on the teacher's hardest quarter, the latter minus the control's.
+teacher gets worse (under label noise one stopped early is the better network); and how both deviate from it: the slope,
+and the share of the teacher's hardest quarter that lies below y = x.
 
 Run folders are those of switch_distill.py; a teacher that lacks a state is to be trained again with --snapshot-at.
 Writes pays.png/.pdf, pays.json, pays.md and claims into --results.
@@ -39,7 +39,6 @@ MEASURES = {
     "slope_gap": ("train", "predicted", "student-control", "slope"),
     "low_below": ("train", "predicted", "student", "low_below"),
     "control_low_below": ("train", "predicted", "control", "low_below"),
-    "low_gap": ("train", "predicted", "student-control", "low_gap"),
 }
 PERCENT = [name for name, key in MEASURES.items() if key[-1] in deviation.SHARES]
 DIFFERENCES = ("lead", "control_lead", "gain")  # of accuracies
@@ -125,7 +124,8 @@ def pays_claims(first, last):
     found = []
     if first is not last:
         rise = {name: claims.combine(np.subtract(last[name], first[name])) for name in MEASURES}
-        note = "last teacher minus first"
+        fits = [100 * claims.combine(draws["fit"])["value"] for draws in (last, first)]
+        note = f"last teacher minus first, which fit {fits[0]:.1f}% and {fits[1]:.1f}%"
         text = "the student's lead over its own teacher rises with the teacher's fit"
         beside = dict(control=rise["control_lead"], difference=rise["gain"])
         row = claims.claim(text, "> 0", rise["lead"], 0, note, unit="points", **beside)
@@ -157,7 +157,7 @@ def pays_markdown(rows):
 
 
 def plot(rows, folder, title):
-    """Over the teacher's train accuracy: leads over the teacher, slopes, and the gap on the hardest quarter."""
+    """Over the teacher's train accuracy: leads over the teacher, slopes, and what lies below y = x."""
     figure, axes = claims.pyplot().subplots(1, 3, figsize=(9.5, 3.9))
     fit = [100 * row["fit"]["value"] for row in rows]
 
@@ -170,9 +170,10 @@ def plot(rows, folder, title):
     draw(axes[1], "slope", "kd", "KD student")
     draw(axes[1], "control_slope", "onehot", "one-hot control")
     axes[1].set(ylabel="slope of φ(network) on φ(teacher)", title="Slope of the fit, train")
-    draw(axes[2], "low_gap", "onehot", "student minus one-hot control")
-    axes[2].set(ylabel="mean Y − X, student minus control", title="Teacher's hardest quarter, train")
-    for axis, level in zip(axes, (0, 1, 0), strict=True):
+    draw(axes[2], "low_below", "kd", "KD student", 100)
+    draw(axes[2], "control_low_below", "onehot", "one-hot control", 100)
+    axes[2].set(ylabel="share below y = x (%)", title="Teacher's hardest quarter, train")
+    for axis, level in zip(axes, (0, 1, 50), strict=True):
         axis.axhline(level, color="grey", lw=1, ls="--")
         axis.set(xlabel="teacher's train accuracy (%)")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
@@ -183,15 +184,13 @@ def plot(rows, folder, title):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     common.add_flags(parser, "prefix of the run folders, as in switch_distill.py (default: runs/<data>-<arch>)")
-    common.add_student_flags(parser)
+    common.add_student_flags(parser, distils=True)
     common.add_figure_flags(parser, "results/pays")
     at = "shares of training after which the teacher is stopped"
     share = number(float, 0, 1, open_low=True)
     default = [0.1, 0.25, 0.5, 0.75, 1]
     parser.add_argument("--stop-at", type=share, nargs="+", default=default, metavar="S", help=at)
     args = engine.resolve(parser.parse_args(argv))
-    if not args.kd_weight:
-        raise InputError("--kd-weight 0 leaves nothing to learn from a teacher: give it a weight above 0")
     data = common.data_from(args)
     args.results.mkdir(parents=True, exist_ok=True)
     _, total = common.total_steps(args, data)

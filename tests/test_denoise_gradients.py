@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import claims
 import common
 import denoise_gradients
+import deviation
 import runs
 from denoise_gradients import Points
 from runs import InputError
@@ -127,7 +129,8 @@ def seed_of(scales, reductions):
         of_loss.update({f"noise {name}": of_loss["noise_scale"] * part for name, part in parts})
     table = {run: {percent: statistics for percent in ("0", "100")} for run in denoise_gradients.LOSSES}
     x = [0, 1, 2, 3, 5, 4, 7, 6]
-    return dict(table=table, x=x, gap=list(range(8)), reductions=dict(shared=reductions))
+    accuracy = dict(onehot=0.7, kd=0.8, smooth=0.75)
+    return dict(table=table, x=x, gap=list(range(8)), reductions=dict(shared=reductions), accuracy=accuracy)
 
 
 def test_comparisons_are_positive_where_kd_is_less_noisy():
@@ -145,6 +148,8 @@ def test_what_smoothed_labels_do_too_is_as_the_control(smooth, verdict, held):
     (hard,) = [row for row in found if "hardest quarter" in row["claim"]]
     assert hard["verdict"] == "as the control" and hard["section"] == "§5"  # by the same factor, whatever its scale
     assert hard["measured"] == pytest.approx(np.log(1.5))
+    (gain,) = [row for row in found if "more accurate" in row["claim"]]
+    assert gain["measured"] == pytest.approx(0.05) and gain["verdict"] == "holds" and gain["section"] == "§3.2"
 
 
 def test_link_is_a_rank_correlation_with_the_confidence_taken_out():
@@ -189,21 +194,48 @@ def test_figure_statistics_and_claims(finished):
     assert result["tables"].keys() == {"onehot", "kd", "smooth"}
     assert result["tables"]["kd"].keys() == {"0", "25", "50", "100"}
     table = json.loads((out / "claims.json").read_text())
-    assert len(table) == 10 and {row["verdict"] for row in table} <= set(claims.VERDICTS) - {"unclear: no control"}
-    headline, on_hard_points = claims.headlines(table)
+    assert len(table) == 11
+    gain, headline, on_hard_points = claims.headlines(table)
+    ends = {}
+    for run in (finished / "runs").glob("*-s?"):
+        ends[run.name] = runs.read_metrics(run)[-1]["test_acc"]
+    of_seeds = [ends[f"digits-resnet8-denoise-kd-s{k}"] - ends[f"digits-resnet8-denoise-smooth-s{k}"] for k in (0, 1)]
+    assert gain["section"] == "§3.2" and gain["measured"] == pytest.approx(np.mean(of_seeds))
     assert headline["section"] == on_hard_points["section"] == "§5"
     assert headline["shown"].endswith(" of 3") and headline["control"].endswith(" of 3")
     assert "hardest quarter" in on_hard_points["claim"] and on_hard_points["control"]
+
+
+def test_points_and_reductions_are_those_of_the_runs(finished):
+    kept = json.loads((finished / "results/denoise/seeds/denoise-s0.json").read_text())["result"]
+    files = [finished / f"runs/digits-resnet8-denoise-{what}-s0/logits.npz" for what in ("teacher", "kd")]
+    teacher, student = (runs.read_npz(file)["train_logits"] for file in files)
+    x, y = (deviation.phi_of_class(logits, teacher.argmax(1)) for logits in (teacher, student))
+    chosen = [int(abs(x - value).argmin()) for value in kept["x"]]
+    assert len(set(chosen)) == 80 and np.allclose(x[chosen], kept["x"], atol=1e-4)
+    assert np.allclose((y - x)[chosen], kept["gap"], atol=1e-3)
+    falls = []
+    for at in denoise_gradients.shared_checkpoints(kept["table"]):
+        one_hot, kd = at["onehot"]["noise_scale"], at["kd"]["noise_scale"]
+        falls.append((one_hot - kd) / (one_hot + kd))
+    assert np.mean(kept["reductions"]["shared"]) == pytest.approx(np.mean(falls), abs=1e-4)
+
+
+def test_the_hardest_quarter_has_the_lowest_confidence():
+    data, x = common.load_data("digits", subset=40), np.random.default_rng(0).normal(size=40)
+    args = SimpleNamespace(batch_size=8, batches=2, held_out=10)
+    points = denoise_gradients.points_of(args, 0, data, torch.arange(40), x)
+    parts = [x[points.quarter == k] for k in range(4)]
+    assert [len(part) for part in parts] == [10] * 4
+    assert all(low.max() < high.min() for low, high in zip(parts, parts[1:], strict=False))
 
 
 def test_second_call_only_draws_and_other_settings_are_refused(finished, monkeypatch):
     monkeypatch.chdir(finished)
     # The picture holds the command.
     before = {path: content for path, content in files_below(finished).items() if path.suffix != ".png"}
-    with monkeypatch.context() as patch:
-        patch.setattr(denoise_gradients, "measure", None)  # calling it would fail
-        denoise_gradients.main([*FLAGS, "--seeds", "0", "1"])
-    assert before.items() <= files_below(finished).items()
+    denoise_gradients.main([*FLAGS, "--seeds", "0", "1"])
+    assert before.items() <= files_below(finished).items()  # also the seconds that each seed took
     with pytest.raises(InputError, match=r"denoise-s0.json was made with other settings \(batches\)"):
         denoise_gradients.main([*FLAGS, "--seeds", "0", "1", "--batches", "3"])
 
