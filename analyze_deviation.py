@@ -17,6 +17,9 @@ import deviation
 import runs
 from runs import InputError
 
+# Flags that say what network is trained how, of images and texts.
+RECIPE = "arch width epochs batch_size lr warmup schedule milestones momentum weight_decay".split()
+
 
 def at_chance(point):
     """Why nothing can be claimed of a point of `deviation.replicates`, or None: networks no better than chance."""
@@ -72,23 +75,37 @@ def paired(args):
             roles["teacher"] = teachers[k]
         if controls:
             roles["control"] = controls[k]
-        check_roles(roles, same_seeds=len(args.control) > 1, any_control=args.any_control)
+        check_roles(roles, same_seeds=len(args.control) > 1)
         seeds.append(roles)
+    configs = [runs.read_config(student) for student in students]
+    fix = "several students are seeds of one setting: analyse others apart"
+    if len({config.get("seed") for config in configs}) < len(configs):
+        raise InputError(f"two of the students have the same seed: {fix}")
+    for student, config in zip(students, configs, strict=True):
+        found = differing(configs[0], config, (*RECIPE, "ce_weight", "kd_weight", "temperature"))
+        if found:
+            raise InputError(f"{students[0]} and {student} differ in {', '.join(found)}: {fix}")
     return seeds
 
 
-def check_roles(folders, same_seeds, any_control=False):
+def differing(one, other, flags):
+    """Those of the `flags` in which two runs' configs differ, and "data" where that does."""
+    found = [flag for flag in flags if one["flags"].get(flag) != other["flags"].get(flag)]
+    if one["data"].get("sha256") != other["data"].get("sha256"):
+        found.append("data")
+    return found
+
+
+def check_roles(folders, same_seeds):
     """InputError when a run folder of {role: folder}, which a user named, was not trained for its role.
 
-    same_seeds: whether student and control must be of the same seed; any_control: whether it may be a distilled one.
+    same_seeds: whether student and control must be of the same seed.
     """
     configs = {role: runs.finished_config(run) for role, run in folders.items()}
     student, control = configs["student"], configs.get("control")
     taught_by = student["facts"].get("teacher_sha256")
     if "teacher" in configs:
-        is_text = "tokens_sha256" in configs["teacher"]["facts"]
-        teacher = runs.teacher_hash(Path(folders["teacher"]) / ("logits.npz" if is_text else "checkpoint.pt"))
-        if taught_by != teacher:
+        if taught_by != runs.teacher_hash(folders["teacher"]):
             fix = "name teachers and students of the same seeds in the same order"
             raise InputError(f"{folders['student']} was not distilled from {folders['teacher']}: {fix}")
     elif not (Path(folders["student"]) / "teacher.npz").exists():
@@ -96,15 +113,14 @@ def check_roles(folders, same_seeds, any_control=False):
         raise InputError(f"{folders['student']} has no teacher.npz, the logits of a teacher from elsewhere: {fix}")
     if not control:
         return
-    if control["facts"].get("teacher_sha256") and not any_control:
-        fix = "the control is a one-hot network (--any-control compares two ways of distilling)"
-        raise InputError(f"{folders['control']} was distilled: {fix}")
-    differing = [key for key in ("arch", "width", "epochs") if student["flags"].get(key) != control["flags"].get(key)]
+    if control["facts"].get("teacher_sha256"):
+        raise InputError(f"{folders['control']} was distilled: the control is a one-hot network")
+    found = differing(student, control, RECIPE)
     if same_seeds and student.get("seed") != control.get("seed"):
-        differing.append("seed")
-    if differing:
+        found.append("seed")
+    if found:
         fix = "the control is the student's network and recipe, of the same seed"
-        raise InputError(f"{folders['control']} and {folders['student']} differ in {', '.join(differing)}: {fix}")
+        raise InputError(f"{folders['control']} and {folders['student']} differ in {', '.join(found)}: {fix}")
 
 
 def main(argv=None):
@@ -113,13 +129,12 @@ def main(argv=None):
     add("--teacher", nargs="+", metavar="RUN", default=[], help="teachers, one per seed or one for all")
     add("--student", nargs="+", metavar="RUN", default=[], help="students")
     add("--control", nargs="+", metavar="RUN", default=[], help="independently seeded one-hot networks")
-    add("--any-control", action="store_true", help="the control may be a distilled student: to compare two losses")
-    forms = ".npy, .npz, FILE.npz:NAME, .pt or .safetensors (log-probabilities serve too)"
+    forms = ".npy, .csv, .npz, FILE.npz:NAME, .pt or .safetensors (log-probabilities serve too)"
     add = parser.add_argument_group("or files of anyone's logits").add_argument
     add("--teacher-logits", metavar="FILE", help=f"the teacher's [N, C]: {forms}")
     add("--student-logits", metavar="FILE", help="the student's of the same points")
     add("--control-logits", metavar="FILE", help="a one-hot network's of the same points")
-    add("--labels", metavar="FILE", help="true class of each point, integers [N]")
+    add("--labels", metavar="FILE", help="true class of each point, whole numbers or words [N]")
     add("--split", default="test", help="what to call these points")
     add = parser.add_argument_group("output").add_argument
     add("--title", help="title of the figure")

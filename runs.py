@@ -56,7 +56,7 @@ def cli(main):
         memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if not memory and "DefaultCPUAllocator" not in str(error):  # a CPU's failed allocation has no kind of its own
             raise
-        _exit_with(f"out of memory ({first_line(error)}): lower --batch-size, --subset or the model's size")
+        _exit_with(f"out of memory ({first_line(error)}): lower --batch-size, the model's size or the number of points")
     except OSError as error:
         where = f"{error.strerror or error}: {error.filename or 'no file named'}"
         _exit_with(f"{where} (check that the folder exists, is writable and has space left)")
@@ -148,7 +148,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         Parser.defaults = {action.dest: action.default for action in self._actions}
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        seeds = vars(args).get("seeds", [])
+        if len(set(seeds)) < len(seeds):
+            self.error(f"--seeds {' '.join(map(str, seeds))} names a seed twice: name each once")
+        return args
 
     def error(self, message):
         _exit_with(f"{message} (see {self.prog} --help)")
@@ -170,12 +174,6 @@ def number(kind, low, high=None, open_high=False, open_low=False):
 
     parse.__name__ = kind.__name__
     return parse
-
-
-def check_seeds(seeds):
-    """InputError when a seed is named twice."""
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: name each once")
 
 
 # ---------------------------------------------------------------- files
@@ -224,7 +222,8 @@ def read_json(path):
 
 def read_npz(path, keys=None, optional=()):
     """{key: array} of an .npz: `keys` (None: all it has) and those of `optional` it has; InputError if it lacks one."""
-    with reading(path, "check the path, or make it again", Path(path).parent):
+    folder = Path(path).parent if Path(path).exists() else None  # a typo must not advise to remove a run
+    with reading(path, "check the path, or make it again", folder):
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise InputError(f"{path} holds a single array: it must be an .npz with {', '.join(keys or ['arrays'])}")
@@ -236,10 +235,7 @@ def read_npz(path, keys=None, optional=()):
                 raise InputError(f"{path} lacks the arrays {', '.join(missing)}, it holds {there}: check the path")
             if file.zip.testzip():  # numpy compares no checksum where a damaged header asks for less than there is
                 raise ValueError("a checksum does not fit")
-            arrays = {key: file[key] for key in file.files if key in keys or key in optional}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("it holds other things than arrays")
-        return arrays
+            return {key: np.asarray(file[key]) for key in file.files if key in keys or key in optional}
 
 
 def load_tensors(file, device="cpu"):
@@ -290,14 +286,6 @@ def read_metrics(run):
         return lines
 
 
-def last_metrics(run):
-    """The last line of a finished run's metrics.jsonl as a dict, with its test_acc; InputError when it has none."""
-    last = read_metrics(run)[-1]
-    if not isinstance(last.get("test_acc"), float):
-        raise InputError(f"{run}/metrics.jsonl ends without a test_acc: {train_again(run)}")
-    return last
-
-
 def write_metrics(run, history):
     """Write all of a run's metrics, a JSON line per epoch; the whole file, so that no line is lost, doubled or torn."""
     write_text(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
@@ -310,6 +298,7 @@ def kept_result(path, settings, compute, *given):
         return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
     path = Path(path)
+    settings = dict(settings, code=source_of(compute))
     if path.exists():
         with reading(path, "remove it, it is made again"):
             kept = read_json(path)
@@ -472,11 +461,11 @@ def weights_hash(state):
     return digest.hexdigest()
 
 
-def teacher_hash(file):
-    """What students know their teacher by: the hash of its weights, or for text of its training logits."""
-    if file.suffix == ".npz":
-        return hashlib.sha256(read_npz(file, ("train_logits",))["train_logits"].tobytes()).hexdigest()
-    return weights_hash(load_checkpoint(file)["model"])
+def teacher_hash(run):
+    """What students know a teacher's run by: the hash of its weights, or for text of its training logits."""
+    if "tokens_sha256" in read_config(run)["facts"]:
+        return hashlib.sha256(read_npz(Path(run) / "logits.npz", LOGITS)["train_logits"].tobytes()).hexdigest()
+    return weights_hash(load_checkpoint(Path(run) / "checkpoint.pt")["model"])
 
 
 # ---------------------------------------------------------------- run folders
@@ -505,10 +494,10 @@ def default_name(args):
 @contextmanager
 def locked(run):
     """Have the run folder `run` alone while it is trained; InputError when another process has it."""
-    run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     path = run / ".lock"  # the system drops the lock with its process, however that ends: a file left hinders nobody
-    lock = FileLock(path, timeout=2)  # seconds: a look at a finished run takes a part of one
+    # Seconds: a look at a finished run takes a part of one. A soft lock would outlive a process that is killed.
+    lock = FileLock(path, timeout=2, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -532,7 +521,7 @@ def one_at_a_time(path):
     with ExitStack() as stack:
         with suppress(OSError):  # where nothing can be written or locked, what is there can still be read
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False))
         yield
 
 
@@ -543,16 +532,10 @@ def start_run(run, args, role, seed, data, model, **facts):
     settings is an InputError. --overwrite starts afresh, unless the folder holds a run of another role, which may be
     the teacher of this one. `facts` go into config.json and are compared like the flags.
     """
-    run = Path(run)
-    config = dict(role=role, seed=seed, arch=args.arch, flags=flags_of(args, data), data=data.facts, facts=facts)
-    parameters = sum(p.numel() for p in model.parameters())
-    config.update(parameters=parameters, command=command_line(), versions=versions())
-    for leftover in run.glob(".*.tmp"):  # of a run that was killed while it wrote
-        if RUN_FILE.fullmatch(leftover.stem[1:]):
-            leftover.unlink()
+    compared = dict(role=role, seed=seed, flags=flags_of(args, data), data=data.facts, facts=facts)
     path = run / "config.json"
     if not path.exists():
-        others = [file.name for file in run.iterdir() if not file.name.startswith(".lock")]
+        others = [file.name for file in run.iterdir() if not file.name.startswith(".")]  # no lock, nor half a file
         discardable = args.overwrite and all(map(RUN_FILE.fullmatch, others))  # a run that lost its config.json
         if others and not discardable:
             fix = "choose another --out; if it was a run, --overwrite trains it again"
@@ -562,16 +545,14 @@ def start_run(run, args, role, seed, data, model, **facts):
         raise InputError(f"--overwrite would discard {run}, where this run's teacher lies: choose another --out")
     if args.overwrite or not path.exists():
         discard(run, role)
-        write_json(path, config)
+        parameters = sum(p.numel() for p in model.parameters())
+        made = dict(arch=args.arch, parameters=parameters, command=command_line(), versions=versions())
+        write_json(path, dict(compared, **made))
         return True
-    refuse_other(run, config)
+    refuse_other(run, compared)
     finished = (run / "logits.npz").exists()
     if finished and not args.quiet:
         print(f"{run} is finished already; --overwrite would train it again")
-        there, here = read_config(run)["flags"], config["flags"]
-        for name in ("snapshot_at", "eval_every"):
-            if name in there and there[name] != here[name]:
-                print(f"{run}: --{name.replace('_', '-')} has no effect any more, it was {there[name]}")
     return not finished
 
 
@@ -586,15 +567,14 @@ def flags_of(args, data):
     return json.loads(json.dumps(dict(vars(args), label_noise=data.facts["label_noise"])))
 
 
-def refuse_other(run, config):
-    """InputError when the run folder `run` holds a run of another `config`: of those of its parts that are given."""
+def refuse_other(run, compared):
+    """InputError when config.json of the run folder `run` differs in one of the parts that are `compared`."""
     before = read_config(run)
-    for key in config["flags"]:  # one that is newer than the run has its default
+    for key in compared["flags"]:  # one that is newer than the run has its default
         before["flags"].setdefault(key, Parser.defaults.get(key))
-    if "facts" in config:  # earlier versions did not note down the loss
-        before["facts"].setdefault("loss", config["facts"].get("loss"))
-    parts = [key for key in ("role", "seed", "flags", "data", "facts") if key in config]
-    pairs = _differences({key: before.get(key) for key in parts}, {key: config[key] for key in parts})
+    if "facts" in compared:  # earlier versions did not note down the loss
+        before["facts"].setdefault("loss", compared["facts"].get("loss"))
+    pairs = _differences({key: before.get(key) for key in compared}, compared)
     differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
     if differing:
         fix = "choose another --out, or discard it with --overwrite"
@@ -614,16 +594,26 @@ def _differences(before, after, prefix=""):
 
 
 def source_of(function):
-    """A loss for config.json: its lines and those of what it calls in its own file, no comments; None: no source."""
+    """The lines of a function and of all that it uses of its own file, without comments; None where there is no source.
+
+    Of a loss for config.json. Used are functions, at any depth, and numbers and words that have a name there.
+    """
     if not inspect.isfunction(function):
         return None
-    function = inspect.unwrap(function)
-    parts = [function.__code__]
-    for name in function.__code__.co_names:
-        called = function.__globals__.get(name)
-        if inspect.isfunction(called) and called.__module__ == function.__module__:
-            parts.append(inspect.unwrap(called).__code__)
-    return _source_of(tuple(parts))
+    functions = [inspect.unwrap(function)]
+    values = {}
+    for user in functions:  # the list grows
+        codes = [user.__code__]
+        for code in codes:  # of functions inside of it too
+            codes += filter(inspect.iscode, code.co_consts)
+            for name in code.co_names:
+                used = inspect.unwrap(user.__globals__.get(name))
+                if isinstance(used, (int, float, str)):
+                    values[name] = f"{name} = {used!r}"
+                elif inspect.isfunction(used) and used.__module__ == user.__module__ and used not in functions:
+                    functions.append(used)
+    lines = _source_of(tuple(user.__code__ for user in functions))
+    return lines and [*lines, *values.values()]
 
 
 # As it was when it was first asked for: the file may be edited while this runs. By code, which is the same each time
@@ -680,6 +670,5 @@ def finished_config(run):
         raise InputError(f"{run} is not a run folder (no config.json): give one that train_teacher.py wrote")
     config = read_config(run)
     if not (run / "logits.npz").exists():
-        command = config.get("command", "its training command")
-        raise InputError(f"{run} is not finished (no logits.npz): continue it with: {command}")
+        raise InputError(f"{run} is not finished (no logits.npz): continue it with: {config.get('command', '?')}")
     return config

@@ -11,7 +11,7 @@ import runs
 import numpy as np
 import pytest
 import scipy.special
-from helpers import finished, input_error, ok, run_cli, run_process
+from helpers import finished, input_error, ok, refused, run_cli, run_process
 from PIL import Image
 
 
@@ -130,7 +130,7 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
         (["--student", student, student], "is named twice"),
         (["--student", second], "was not distilled from"),
         (["--student", other, "--control", student], "was not distilled from"),
-        (["--student", student, "--control", second], "was distilled: the control is a one-hot network (--any-control"),
+        (["--student", student, "--control", second], "was distilled: the control is a one-hot network"),
         (["--student", student, "--control", "wide"], "differ in width: the control is the student's network"),
         (["--student", student, "--control", "unfinished/../" + os.path.relpath(student)], "different runs"),
         (["--student", "absent"], "absent is not a run folder"),
@@ -147,13 +147,34 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     assert not Path("never").exists()
 
 
-def test_two_ways_of_distilling_are_compared_where_the_user_says_so(tiny_runs, tmp_path, monkeypatch):
+def test_students_of_other_settings_or_of_one_seed_are_not_pooled(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = names_of(tiny_runs)
+    teacher, student = names["--teacher"][0], names["--student"][0]
+    for name, seed, temperature in (("warm", 1, 2.0), ("twin", 0, 4.0)):
+        shutil.copytree(student, name)
+        config = runs.read_config(name)
+        config["flags"]["temperature"] = temperature
+        runs.write_json(f"{name}/config.json", dict(config, seed=seed))
+    for name, message in (("warm", "warm differ in temperature: several students"), ("twin", "have the same seed")):
+        assert message in refused(analyze_deviation, "--teacher", teacher, "--student", student, name, "--out", "never")
+    shutil.copytree(names["--control"][0], "slow")
+    config = runs.read_config("slow")
+    data = dict(config["data"], sha256="other")
+    runs.write_json("slow/config.json", dict(config, flags=dict(config["flags"], lr=1e-5), data=data))
+    line = refused(analyze_deviation, "--teacher", teacher, "--student", student, "--control", "slow", "--out", "never")
+    assert "differ in lr, data: the control is the student's network and recipe" in line
+
+
+def test_one_teacher_and_one_control_serve_several_seeds(tiny_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(deviation, "plot", lambda *_: None)
-    students = names_of(tiny_runs)["--student"]
-    words = ["--teacher", tiny_runs / "runs" / "teacher-s0", "--student", students[0], "--control", students[1]]
-    finished(analyze_deviation, *words, "--any-control", "--bootstrap", 100, "--out", "r")
-    assert "student-control" in runs.read_json("r/deviation.json")["tables"]["test"]["predicted"]
+    names = names_of(tiny_runs)
+    shutil.copytree(names["--student"][0], "second")  # of the same teacher
+    runs.write_json("second/config.json", dict(runs.read_config("second"), seed=1))
+    words = ["--teacher", names["--teacher"][0], "--student", names["--student"][0], "second"]
+    finished(analyze_deviation, *words, "--control", names["--control"][0], "--bootstrap", 100, "--out", "r")
+    assert runs.read_json("r/deviation.json")["seeds"] == 2
 
 
 def test_agreement_by_chance_is_told_apart():
