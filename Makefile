@@ -23,6 +23,7 @@ SETTINGS = $(if $(DATA),data="$(DATA)") $(if $(DATA_DIR),data_dir="$(DATA_DIR)")
 # Where this is set, as in many containers, each of a dozen processes compiles torch and scipy anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
+.NOTPARALLEL:  # two Snakemakes side by side would train the same networks; CORES is for that
 .PHONY: reproduce $(FIGURES) $(ROWS) benchmark report docs smoke test lint soak clean
 
 # Without Snakemake's lock, which a killed one leaves behind: two processes in one run folder are refused by the scripts.
@@ -57,7 +58,7 @@ lint: .venv/ready
 
 # The tests of faults and of bad input at full size: twenty kills for each command, and thirty times the random input.
 soak: .venv/ready
-	DISOBEY_SOAK=1 $(PY) -m pytest -q tests -k "faults or fuzz"
+	DISOBEY_SOAK=1 $(PY) -m pytest -q tests -k "faults or fuzz or compiled"
 
 # --no-compile: compiling every file would take as long as the installation; Python compiles what it imports.
 .venv/ready: requirements.txt

@@ -8,9 +8,12 @@
 # With the same command an interrupted run goes on from its checkpoint, and a finished one is not trained again.
 # Snakemake deletes a job's declared outputs before it repeats the job: so these are marks and claims.json alone, and no file
 # of a run.
+import ast
+import hashlib
 import os
 import re
 import sys
+from pathlib import Path
 from shlex import quote
 
 # ---------------------------------------------------------------- settings: --config NAME=VALUE
@@ -29,6 +32,8 @@ unknown = ", ".join(set(config) - set(SETTINGS))
 if unknown:
     sys.exit(f"error: there is no setting {unknown}: use {', '.join(SETTINGS)}")
 SETTINGS.update((name, "" if value is None else str(value)) for name, value in config.items())
+if "--overwrite" in f"{SETTINGS['flags']} {SETTINGS['glue_flags']}".split():
+    sys.exit("error: --overwrite would train shared runs again in each job: remove their folders in runs/ instead")
 SEEDS = SETTINGS["seeds"].split()
 DATA = f"--data {quote(SETTINGS['data'])}"
 DATA_DIR = f"--data-dir {quote(SETTINGS['data_dir'])}"
@@ -36,6 +41,11 @@ RECIPE = SETTINGS["recipe"] or "quick"
 PAPER = SETTINGS["recipe"] or "paper"  # the grid's recipe, and its folder in runs/ and results/
 NAME = re.sub(r"[^\w.+-]", "-", f"{SETTINGS['data']}-{SETTINGS['arch']}-{RECIPE}")
 TASK = re.sub(r"[^\w.+-]", "-", SETTINGS["task"])
+# What jobs are repeated for when it changes, besides their commands; a run of the old loss or data is then refused.
+PARTS = ast.parse(Path(workflow.basedir, "common.py").read_text(encoding="utf-8")).body
+SOURCES = [ast.unparse(part) for part in PARTS if getattr(part, "name", "").endswith("_loss")]
+LOSSES = hashlib.sha256("".join(SOURCES).encode()).hexdigest()
+DATA_FILES = [file for file in [SETTINGS["data"].partition(":")[2]] if os.path.isfile(file)]
 
 # ---------------------------------------------------------------- from tables to jobs
 
@@ -101,7 +111,8 @@ def add_fig1a(name, teacher, control, seeds):
 
 def add_figure(folder, command, seeds, needed=(), file="claims.json"):
     """A figure whose script trains by itself, seed by seed, once the runs `needed` of the same seed are finished."""
-    seeds, trained = SEEDS or seeds.split(), []
+    seeds = SEEDS or seeds.split()
+    trained = []
     for seed in seeds:
         trained.append(f"{folder}/.trained-s{seed}")
         training = f"{command} --seeds {seed} --train-only && date > {trained[-1]}"
@@ -210,8 +221,9 @@ wildcard_constraints:
 
 
 rule network:
+    input: lambda w: DATA_FILES if w.network == NAME else []
     output: [mark(f"{{network}}-{run}", "{seed}") for run in NETWORK]
-    params: flags=lambda w: FLAGS[w.network]
+    params: flags=lambda w: FLAGS[w.network], losses=LOSSES
     threads: lambda w: threads_of(FLAGS[w.network])
     shell:
         PYTHON + "switch_distill.py {params.flags} --switch-at 0 1 --train-only --seeds {wildcards.seed}"
@@ -221,6 +233,6 @@ rule network:
 rule job:
     input: lambda w: JOBS[w.file][1]
     output: "{file}"
-    params: command=lambda w: JOBS[w.file][0]
+    params: command=lambda w: JOBS[w.file][0], losses=LOSSES
     threads: lambda w: threads_of(JOBS[w.file][0])
     shell: PYTHON + "{params.command}"

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,26 +22,26 @@ from helpers import HERE, SOAK, Reached, files_below, ok, outcome, same_run
 TINY = ["fig1a", "--config", "seeds=0", "flags=--epochs 2 --width 0.25 --subset 300 --device cpu"]
 
 
-def start(folder, *flags):
-    """A snakemake that works in `folder`."""
+def start(folder, *flags, scripts=HERE):
+    """A snakemake that works in `folder` with the Snakefile and the scripts in another one."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", HERE / "Snakefile", "--nolock", "--cores", "2", *flags]
-    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", scripts / "Snakefile", "--nolock", "--cores", "2"]
+    command += [*flags, "--rerun-incomplete", "--rerun-triggers", "mtime", "params"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def snakemake(folder, *flags):
-    process = start(folder, *flags)
+def snakemake(folder, *flags, **more):
+    process = start(folder, *flags, **more)
     process.stdout, process.stderr = process.communicate()
     return process
 
 
-def jobs_of(folder, *flags):
+def jobs_of(folder, *flags, **more):
     """The jobs of a dry run, each with its rule, input and output files, script and the words after that."""
     jobs = []
-    for text in re.split(r"\n(?=rule )", ok(snakemake(folder, *flags, "--dry-run", "--printshellcmds")))[1:]:
+    for text in re.split(r"\n(?=rule )", ok(snakemake(folder, *flags, "--dry-run", "--printshellcmds", **more)))[1:]:
         command = re.search(r"^Shell command: (.*)", text, re.M)[1].partition(" && ")[0]
         if command == "None":  # a target
             continue
@@ -55,6 +56,15 @@ def jobs_of(folder, *flags):
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     return jobs_of(tmp_path_factory.mktemp("dry"), "reproduce", "cpu", "paper")
+
+
+def test_the_grid_has_the_rows_of_the_paper(jobs):
+    made = {file for job in jobs for file in ", ".join(job.output).split(", ")}
+    for run in ("cifar10-resnet56-teacher", "cifar100-resnet20-onehot", "tiny-imagenet-resnet56-mobilenetv2-kd"):
+        assert {f"runs/paper/{run}-s{seed}/.finished" for seed in (0, 1, 2)} <= made, run
+    figures = ("cifar100-noisy-resnet20/denoise", "cifar10/eigenspace", "tiny-imagenet-resnet56/fig1b")
+    assert {f"results/paper/{figure}/claims.json" for figure in figures} <= made
+    assert "results/paper/rte/glue.json" in made
 
 
 def test_scripts_take_the_commands(jobs, monkeypatch, tmp_path):
@@ -102,6 +112,7 @@ def test_no_two_jobs_train_a_run_at_the_same_time(jobs):
 
 def test_a_figure_is_trained_mended_and_refused(tmp_path):
     assert "error: there is no setting sedes" in snakemake(tmp_path, "--config", "sedes=1").stderr
+    assert "error: --overwrite would train" in snakemake(tmp_path, "--config", "flags=--overwrite").stderr
     ok(snakemake(tmp_path, *TINY))
     assert (tmp_path / "results" / "digits-resnet8-quick" / "fig1a" / "fig1a.png").exists()
     before = {path: content for path, content in files_below(tmp_path / "runs").items() if path.name[0] != "."}
@@ -111,6 +122,15 @@ def test_a_figure_is_trained_mended_and_refused(tmp_path):
     ok(snakemake(tmp_path, f"{logits.parent.relative_to(tmp_path)}/.finished", *TINY[1:]))
     assert logits.exists() and all(path.read_bytes() == before[path] for path in before if path != logits)
     assert not jobs_of(tmp_path, *TINY)
+    # With an edited loss all is run again, for the scripts to refuse what the old one trained.
+    fork = tmp_path / "fork"
+    fork.mkdir()
+    for file in (*HERE.glob("*.py"), HERE / "Snakefile"):
+        shutil.copy(file, fork)
+    assert not jobs_of(tmp_path, *TINY, scripts=fork)
+    source = (fork / "common.py").read_text()
+    (fork / "common.py").write_text(source.replace("return temperature**2 *", "return temperature *"))
+    assert jobs_of(tmp_path, *TINY, scripts=fork)
     # Other flags: refused, and nothing of the finished runs is lost.
     before[logits] = logits.read_bytes()
     process = snakemake(tmp_path, *TINY[:-1], TINY[-1].replace("--epochs 2", "--epochs 3"), "--cores", "1")
