@@ -71,7 +71,8 @@ def peers(data, arch, kd, workers, epochs):
 
     torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     networks = [common.build_model(arch, data.classes, data.facts["image"], seed=seed) for seed in (0, 1)]
-    model, teacher = networks[0].to(data.device), networks[1].to(data.device).eval()
+    model = networks[0].to(data.device)
+    teacher = networks[1].to(data.device).eval()
     steps = [transforms.RandomCrop(data.facts["image"][0], padding=data.pad), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())]
     pictures = map(transforms.ToPILImage(), data.x_train.cpu().numpy())
@@ -208,21 +209,20 @@ def timed(model, loss, way, batch, rates):
     return dict(model=model, loss=loss, way=way, batch=batch, per_second=speed, rates=rates)
 
 
-def beside_best(peer_rows, rows):
-    """All these rows, with `speedup`, which is over the best of `peer_rows`."""
-    best = max(row["per_second"] for row in peer_rows)
-    return [dict(row, speedup=row["per_second"] / best) for row in (*peer_rows, *rows)]
+def beside_best(rows, peers):
+    """These rows with `speedup`, which is over the best of the first `peers` of them."""
+    best = max(row["per_second"] for row in rows[:peers])
+    return [dict(row, speedup=row["per_second"] / best) for row in rows]
 
 
 def measure_images(args, arch, kd):
     """The rows of one architecture and loss."""
     data = random_data(args.images, args.device)
     loss = "KD" if kd else "one-hot"
-    peer_rows = []
     rows = []
     for workers in WORKERS:
         rates = peers(data, arch, kd, workers, args.epochs)
-        peer_rows.append(timed(arch, loss, f"peers, {workers} workers", PEERS_BATCH, [rates]))
+        rows.append(timed(arch, loss, f"peers, {workers} workers", PEERS_BATCH, [rates]))
     flags = student_flags(args, arch, kd)
     eager = student_flags(args, arch, kd, "--no-fast")
     rows.append(timed(arch, loss, "eager", eager.batch_size, ours(eager, args.images)))
@@ -231,21 +231,20 @@ def measure_images(args, arch, kd):
     if kd:
         rows.append(timed(arch, loss, "table", flags.batch_size, ours(flags, args.images, table=True)))
     rows.append(timed(arch, loss, "two processes", flags.batch_size, ours(flags, args.images, processes=2)))
-    return beside_best(peer_rows, rows)
+    return beside_best(rows, len(WORKERS))
 
 
 def measure_text(args, sentences):
     """The rows of one encoder. The Trainer does not distil, and so KD is held against its one-hot training."""
     name = Path(args.encoder).name
-    peer_rows = []
     rows = []
     for way, settings in TRAINERS.items():
         rates = trainer_rates(args, sentences, settings)
-        peer_rows.append(timed(name, "one-hot", way, TEXT_BATCH, [rates]))
+        rows.append(timed(name, "one-hot", way, TEXT_BATCH, [rates]))
     for loss, rates in script_rates(args, sentences).items():
         way = "glue_distill.py" if loss == "one-hot" else "glue_distill.py (peer: one-hot)"
         rows.append(timed(name, loss, way, TEXT_BATCH, [rates]))
-    return beside_best(peer_rows, rows)
+    return beside_best(rows, len(TRAINERS))
 
 
 def main(argv=None):
@@ -267,14 +266,13 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     versions = runs.versions()
     made = [versions["hardware"], f"{versions['threads']} threads", f"torch {versions['torch']}"]
-    text_rows = []
+    rows = []
     if args.encoder:  # first, for a library may be missing
         made.append(f"transformers {metadata.version('transformers')}")
-        text_rows = measure_text(args, read_sentences(args.sentences, SENTENCES))
-    rows, lines = [], []
+        rows += measure_text(args, read_sentences(args.sentences, SENTENCES))
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)
-    rows += text_rows
+    lines = []
     for row in rows:
         if "workers" in row["way"] and row["speedup"] < 1:  # of the peers' numbers of workers the best alone is shown
             continue

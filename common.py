@@ -6,7 +6,6 @@ are written [N, C] and so on; images are uint8 NHWC at rest and float NCHW (chan
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import math
 import os
@@ -72,12 +71,14 @@ def cifar_arrays(name, data_dir, image_size):
     from torchvision import datasets
 
     dataset = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name]
-    with runs.one_at_a_time(data_dir / dataset.base_folder):
-        if not (data_dir / dataset.base_folder).is_dir():
-            with runs.reading(name, f"put {name}.npz or the folder {dataset.base_folder} into {data_dir}"):
+    folder = data_dir / dataset.base_folder
+    with runs.one_at_a_time(folder):
+        if not folder.is_dir():
+            with runs.reading(name, f"put {name}.npz or the folder {folder.name} into {data_dir}"):
                 dataset(data_dir, download=True)
-    with runs.reading(data_dir / dataset.base_folder, "it is damaged: remove it to download it again"):
-        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
+    with runs.reading(folder, "it is damaged: remove it to download it again"):
+        train = dataset(data_dir, train=True)
+        test = dataset(data_dir, train=False)
     values = (train.data, np.array(train.targets), test.data, np.array(test.targets))
     return dict(zip(ARRAYS, values, strict=True), class_names=train.classes)
 
@@ -252,8 +253,7 @@ def check_arrays(arrays, source):
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
             raise InputError(f"{source}: y_{split} is {y.dtype} {list(y.shape)}; it must be whole numbers [{len(x)}]")
         if (y < 0).any():
-            what = f"{(y < 0).sum()} labels of y_{split} are negative, which mostly marks images without a label"
-            raise InputError(f"{source}: {what}: remove those images, or number the classes from 0")
+            raise InputError(f"{source}: {(y < 0).sum()} labels of y_{split} are negative: remove those images")
     classes = np.unique(arrays["y_train"])
     unseen = np.setdiff1d(arrays["y_test"], classes)
     if len(unseen):
@@ -268,13 +268,10 @@ def check_arrays(arrays, source):
     if train != test:
         raise InputError(f"{source}: train images are {train} but test images {test}: give both the same shape")
     names = np.asarray(arrays.get("class_names", classes))
-    if names.ndim != 1 or names.dtype.kind not in "Uiu":
-        raise InputError(f"{source}: class_names is {names.dtype} {list(names.shape)}; it must be words, one a class")
-    names = [str(name) for name in names]
-    if len(names) != len(classes):
-        raise InputError(f"{source} has {len(names)} class_names but {len(classes)} classes: give one name for each")
+    if names.shape != (n,) or names.dtype.kind not in "Uiu":
+        raise InputError(f"{source}: class_names is {names.dtype} {list(names.shape)}; it must be words [{n}]")
     labels = {key: np.searchsorted(classes, arrays[key]).astype(np.int64) for key in ("y_train", "y_test")}
-    return dict(arrays, **labels, class_names=names)
+    return dict(arrays, **labels, class_names=[str(name) for name in names])
 
 
 @dataclass
@@ -319,7 +316,8 @@ class Data:
         flip = torch.zeros_like(view)
         shift = view
         if self.flip:
-            flip, shift = view % 2, view // 2
+            flip = view % 2
+            shift = view // 2
         corner = (index * self.padded_side + shift // self.shifts) * self.padded_side + shift % self.shifts
         pixels = self.padded.flatten(0, 2).index_select(0, (corner.view(-1, 1) + self.crops[flip]).flatten())
         return self.normalise(pixels.view(len(index), self.side, self.side, self.padded.shape[-1]))
@@ -404,7 +402,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv_norm(channels_in, channels_out, stride=stride)
         self.conv2, self.bn2 = conv_norm(channels_out, channels_out)
-        self.stride, self.extra = stride, channels_out - channels_in
+        self.stride = stride
+        self.extra = channels_out - channels_in
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -428,7 +427,8 @@ class ResNet(nn.Module):
                 after = channels * 2**stage
                 layers.append(BasicBlock(before, after, 2 if stage and not block else 1))
                 before = after
-        self.features, self.fc = nn.Sequential(*layers), nn.Linear(before, classes)
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(before, classes)
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))
@@ -466,7 +466,8 @@ class MobileNetV2(nn.Module):
                 before = after
         last = round(1280 * max(1.0, width))
         layers += [*conv_norm(before, last, 1), nn.ReLU()]
-        self.features, self.fc = nn.Sequential(*layers), nn.Linear(last, classes)
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(last, classes)
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))
@@ -490,15 +491,14 @@ def cnn(channels, classes, hidden):
 def torchvision_model(name, classes, channels):
     from torchvision import models
 
-    known = models.list_models(module=models)
+    # GoogLeNet and Inception give several outputs and normalise anew; MNASNet's weights need more than a state dict.
+    unlike = ("googlenet", "inception", "mnasnet")
+    known = [known for known in models.list_models(module=models) if not known.startswith(unlike)]
     if name not in known:
-        raise InputError(f"unknown --arch torchvision:{name}: use one of {', '.join(known)}")
+        raise InputError(f"unknown architecture torchvision:{name}: use one of {', '.join(known)}")
     if channels != 3:
-        raise InputError(f"--arch torchvision:{name} takes 3 channels, the data has {channels}: use {', '.join(ARCHS)}")
-    extra = {}
-    if name in ("googlenet", "inception_v3"):  # else they give several outputs, and warn
-        extra = dict(aux_logits=False, init_weights=True)
-    return models.get_model(name, weights=None, num_classes=classes, **extra)
+        raise InputError(f"torchvision:{name} takes 3 channels, the data has {channels}: use {', '.join(ARCHS)}")
+    return models.get_model(name, weights=None, num_classes=classes)
 
 
 def torchvision_preprocessing(name):
@@ -533,7 +533,7 @@ def build_model(arch, classes, image, width=1.0, seed=0):
         elif arch == "cnn":
             model = cnn(channels, classes, max(1, round(32 * width)))
         else:
-            raise InputError(f"unknown --arch {arch!r}: use {', '.join(ARCHS)} or torchvision:<name>")
+            raise InputError(f"unknown architecture {arch!r}: use {', '.join(ARCHS)} or torchvision:<name>")
         if not arch.startswith("torchvision:"):
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
@@ -542,7 +542,7 @@ def build_model(arch, classes, image, width=1.0, seed=0):
         with torch.no_grad():
             model.eval()(torch.zeros(1, channels, side, side))
     except (RuntimeError, ValueError, AssertionError) as error:
-        what = f"--arch {arch} does not fit {side}×{side}×{channels} images ({runs.first_line(error)})"
+        what = f"{arch} does not fit {side}×{side}×{channels} images ({runs.first_line(error)})"
         raise InputError(f"{what}: choose another architecture or larger images") from None
     return model.train()
 
@@ -583,6 +583,8 @@ def soft_loss(logits, target, temperature):
 
 def matched_smoothing(teacher_logits, temperature):
     """Label smoothing α whose targets (1−α)·one-hot + α/classes have the teacher's mean entropy at this temperature."""
+    from scipy.optimize import brentq  # takes a part of a second to import
+
     probabilities = F.softmax(teacher_logits / temperature, 1).double()
     entropy = torch.special.entr(probabilities).sum(1).mean().item()
     classes = probabilities.shape[1]
@@ -594,8 +596,6 @@ def matched_smoothing(teacher_logits, temperature):
 
     if entropy <= 0:
         return 0.0
-    from scipy.optimize import brentq  # takes a part of a second to import
-
     if excess(1.0) <= 0:  # a teacher as uniform as smoothing can make it
         return 1.0
     return brentq(excess, 0.0, 1.0, xtol=1e-12)
@@ -697,10 +697,10 @@ def add_device_flag(group):
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where it is")
 
 
-def add_student_flags(parser):
-    """The flags of distillation, beside those of `add_flags`. What is defined here goes into config.json."""
+def add_student_flags(parser, distils=False):
+    """The flags of distillation, which go into config.json beside `add_flags`; distils: --kd-weight 0 is refused."""
     add = parser.add_argument_group("distillation").add_argument
-    add("--kd-weight", type=number(float, 0), default=1.0, help="weight of the distillation term")
+    add("--kd-weight", type=number(float, 0, open_low=distils), default=1.0, help="weight of the distillation term")
     add("--ce-weight", type=number(float, 0), default=0.0, help="weight of the one-hot term")
     add("--temperature", type=number(float, 0, 1e6, open_low=True), default=4.0, help="softens both in the KD term")
 
@@ -739,9 +739,7 @@ def only_flags(args, *adders):
 
 def one_hot_flags(args):
     """A copy of `args` for the one-hot control."""
-    control = copy.copy(args)
-    control.ce_weight, control.kd_weight = 1.0, 0.0
-    return control
+    return argparse.Namespace(**dict(vars(args), ce_weight=1.0, kd_weight=0.0))
 
 
 def fill_recipe(args):
@@ -759,7 +757,6 @@ def fill_recipe(args):
         raise InputError("--schedule step needs --milestones, the epochs at which the learning rate drops")
     if args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}")
-    runs.check_seeds(args.seeds)
     return args
 
 

@@ -365,7 +365,8 @@ def classifier_claims(data, results):
     """
     rows = []
     for joint, text, measure, threshold in (("all networks", BELOW, "ratio", 1), ("§4 ↔ §3", TIE, "gap", 0)):
-        verdicts, of_controls = {}, []
+        verdicts = {}
+        of_controls = []
         for arch, seeds in results.items():
             network = NAMES[arch]
             row, of_control = beside_control(f"{data}, {network}: {text}", measure, threshold, seeds)
@@ -492,7 +493,6 @@ def main(argv=None):
     add("--train-only", action="store_true", help="compute the seeds that are missing and stop: nothing is drawn")
     common.add_device_flag(group)
     args = parser.parse_args(argv)
-    runs.check_seeds(args.seeds)
     args.device = engine.use_device(args.device)
     data = common.data_from(args)
 

@@ -31,24 +31,23 @@ TABLE_BYTES = 2**32  # of a table of teacher logits: a fixed limit, so that a co
 def resolve(args):
     """Fill in what the flags left to the recipe and to the machine; returns args."""
     common.fill_recipe(args)
-    note_losses()
     for flag in ("arch", "mean", "std", "size"):  # of scripts that have these flags
         if getattr(args, f"teacher_{flag}", None) and not (args.teacher and args.teacher_arch):
             raise InputError(f"--teacher-{flag} is of a file of weights: give --teacher FILE and --teacher-arch too")
-    args.device = use_device(args.device)
-    if args.precision == "auto":
-        # Small images (digits) are faster in fp32, and their numbers stay the same on every CPU.
-        half = (args.device == "cuda" or bf16_in_hardware()) and not common.dataset_of(args.data).fp32
-        args.precision = "bf16" if half else "fp32"
+    use_machine(args, embedded=common.dataset_of(args.data).fp32)
     if args.fast is None:
         args.fast = args.device == "cuda"  # measured on a CPU: compiling gains nothing over channels_last and bf16
     return args
 
 
-def note_losses():
-    """Note the source of the losses before the first run: the file may be edited while a command runs."""
+def use_machine(args, embedded):
+    """Fill in --device and --precision: fp32 for embedded data, whose numbers stay the same on every CPU."""
     for loss in (common.one_hot_loss, common.student_loss):
-        runs.source_of(loss)
+        runs.source_of(loss)  # noted before the first run: the file may be edited while a command runs
+    args.device = use_device(args.device)
+    if args.precision == "auto":
+        half = not embedded and (args.device == "cuda" or bf16_in_hardware())
+        args.precision = "bf16" if half else "fp32"
 
 
 def use_device(device):
@@ -117,16 +116,14 @@ def load_teacher(run, data, step=None):
         model = common.build_model(arch, data.classes, data.facts["image"], width)
     model = model.to(data.device)
     lines = runs.read_metrics(run)
-    last_step = lines[-1].get("step", 0)
-    stopped = step is not None and step < last_step
+    stopped = step is not None and step < lines[-1].get("step", 0)
     path = Path(run) / (f"snapshot-{step}.pt" if stopped else "checkpoint.pt")
     with runs.reading(path, f"it does not fit {arch}: {runs.train_again(run)}"):
         model.load_state_dict(runs.load_checkpoint(path, data.device)["model"])
     model = model.to(memory_format=torch.channels_last).eval()
-    if stopped:
+    recorded = lines[-1].get("test_acc", math.nan)
+    if stopped:  # None where that epoch was not evaluated
         recorded = {line.get("step"): line.get("test_acc") for line in lines}.get(step)
-    else:
-        recorded = runs.last_metrics(run)["test_acc"]
     measured = (logits_of(model, data, data.x_test).argmax(1) == data.y_test).double().mean().item()
     # Float noise between devices flips a few points, bf16 some more: only a run's end is evaluated in full precision.
     # Written so that a recorded NaN is refused too.
@@ -277,7 +274,7 @@ def teacher_from_elsewhere(name, args, data):
 class TeacherLogits:
     """The teacher_logits [B, C] of training batches: from a teacher forward in every step, or from a table.
 
-    The table [N · n_views, C], of every view of every image, is made when it is first needed, where a run of `epochs`
+    The table [N, n_views, C], of every view of every image, is made when it is first needed, where a run of `epochs`
     would take more passes of the teacher than there are views, and where it takes at most TABLE_BYTES. It holds the
     logits of a forward, up to the rounding of convolutions over batches of other sizes.
     plain: in place of a model, logits [N, C] of the un-augmented images, which serve for every view. name and facts
@@ -289,8 +286,7 @@ class TeacherLogits:
         self.data = data
         self.precision = precision
         self.name = str(name)
-        self.table = plain
-        self.rows = 1  # of each image in the table
+        self.table = None if plain is None else plain[:, None]  # [N, views, C]; of plain logits one for all views
         bytes_each = 2 if precision == "bf16" else 4
         size = len(data.y_train) * data.n_views * data.classes * bytes_each
         self.all_views = plain is None and epochs > data.n_views and size <= TABLE_BYTES
@@ -302,9 +298,7 @@ class TeacherLogits:
         """float32 logits [B, C] of `images`, the training images `index` [B] in the views `view` [B]."""
         if self.table is None:
             return self._forward(images).float()
-        if self.rows > 1:
-            index = index * self.rows + view
-        return self.table[index].float()
+        return self.table[index, view % self.table.shape[1]].float()
 
     @torch.no_grad()
     def _forward(self, images):
@@ -316,7 +310,8 @@ class TeacherLogits:
         """Fill the table, where there is to be one: before the first step that needs it, outside of a CUDA graph."""
         if not self.all_views or self.table is not None:
             return
-        data, views = self.data, self.data.n_views
+        data = self.data
+        views = data.n_views
         rows = torch.arange(len(data.y_train) * views, device=data.device)
         table = None
         for chunk in rows.split(max(1, 5000 // views) * views):  # of whole images
@@ -325,7 +320,7 @@ class TeacherLogits:
             if table is None:
                 table = part.new_empty(len(rows), part.shape[1])
             table[chunk] = part
-        self.table, self.rows = table, views
+        self.table = table.view(len(data.y_train), views, -1)
 
 
 # ---------------------------------------------------------------- the loop
@@ -371,7 +366,9 @@ def train(
     """
     total = per_epoch * args.epochs
     checkpoint = run / "checkpoint.pt"
-    step, history, spent = 0, [], 0.0
+    step = 0
+    history = []
+    spent = 0.0
     source = checkpoint if checkpoint.exists() else start
     if source is not None:
         step, history, spent, counted = restore_state(source, model, optimizer, per_epoch, total, sums.device)
@@ -636,7 +633,7 @@ def check_folders(networks, args, data):
                 if name == "onehot":
                     flags = common.one_hot_flags(flags)
                 if not flags.kd_weight:
-                    flags.temperature = None  # as in `train_student`
+                    flags.temperature = None  # one control serves all temperatures
                 runs.check_planned(folders[name], flags, "student", seed, data)
 
 

@@ -180,7 +180,8 @@ def read_tsv(path, name):
         raise InputError(f"{path} lacks the column {missing[0]} in its header ({', '.join(header)[:120]}): {fix}")
     places = [header.index(column) for column in task.columns]
     label = header.index(task.label)
-    texts, labels = [], []
+    texts = []
+    labels = []
     for k, row in rows:
         if len(row) == len(header) and row[label] in task.classes:
             texts.append(tuple(row[place] for place in places))
@@ -200,7 +201,8 @@ def csv_splits(path, data_seed, columns=None):
         texts, words = read_csv(path / "train.csv", columns)
         more, more_words = read_csv(path / "test.csv", columns)
         in_test = np.repeat([False, True], [len(texts), len(more)])
-        texts, words = texts + more, words + more_words
+        texts = texts + more
+        words = words + more_words
         if len({len(text) for text in texts}) > 1:
             raise InputError(f"{path}: one of the two files has a column text2, the other has none: give both the same")
     else:
@@ -213,7 +215,8 @@ def csv_splits(path, data_seed, columns=None):
             print(f"{path}: {len(texts) - len(different)} rows repeat a text; all rows of a text go into one split")
     classes = [class_of(word) for word in words]
     names = {}  # {class: the shortest way in which it is written}
-    train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
+    train = np.flatnonzero(~in_test)
+    test = np.flatnonzero(in_test)
     for known, _, word in sorted({(classes[k], len(words[k]), words[k]) for k in train}):
         names.setdefault(known, word)
     if len(names) > 20 and any(value != value.to_integral_value() for _, value, _ in names):
@@ -325,7 +328,8 @@ def sentiment(n, part, data_seed):
         words += [intensifier, pick(ADJECTIVES[points])]
         return " ".join(filter(None, words)), score
 
-    texts, totals = [], []
+    texts = []
+    totals = []
     for _ in range(n):
         sign = rng.choice((-1, 1))
         form = rng.random()
@@ -415,14 +419,14 @@ def prepare(name, data, args):
     tokens = {}
     tokenizer.padding_side = "right"
     options = dict(truncation=True, max_length=args.max_length, padding=True, return_attention_mask=True)
-    with runs.reading(f"the tokenizer of {name}", MODEL_FIX):
+    with runs.reading(f"tokenizer or config.json of {name}", MODEL_FIX):
         for key, split in data.splits.items():
             inputs = tokenizer(*split.columns(), return_tensors="pt", **options)
             rows_of = {kind: values.int().to(args.device) for kind, values in inputs.items()}
             tokens[key] = Tokens(rows_of, inputs["attention_mask"].sum(1))
+        facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
+        facts.update(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
     truncated = (tokens["train"].lengths >= args.max_length).double().mean().item()
-    facts = dict(model_type=config.model_type, layers=config.num_hidden_layers, hidden=config.hidden_size)
-    facts.update(heads=config.num_attention_heads, vocabulary=config.vocab_size, max_length=args.max_length)
     shown = ", ".join(f"{key} {value}" for key, value in facts.items())
     print(f"{name}: {shown}; {100 * truncated:.1f}% of the training texts have that length or are truncated to it")
     every = b"".join(part.inputs["input_ids"].cpu().numpy().tobytes() for part in tokens.values())
@@ -453,7 +457,8 @@ def saved_model(name, data, args):
     from transformers import AutoConfig, AutoTokenizer
 
     with runs.reading(f"model {name}", MODEL_FIX):
-        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
         texts = data.splits["train"].columns()[0][:200]
         # Where files are missing, transformers makes up an empty tokenizer, to which every text is unknown.
         tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -463,6 +468,7 @@ def saved_model(name, data, args):
         within = max(tokenizer.get_vocab().values(), default=0) < config.vocab_size
         if not whole or not within or config.pad_token_id not in (None, tokenizer.pad_token_id):
             raise InputError(f"the tokenizer in {name} is of another model, or incomplete: give its own ({TOKENIZERS})")
+        config.pad_token_id = tokenizer.pad_token_id  # without it decoders do not find the last token of a text
         rows = None
         if any("SequenceClassification" in kind for kind in config.architectures or ()):
             rows = head_rows(name, config, data.facts["class_names"])
@@ -576,8 +582,7 @@ def train_text(run, model, args, role, seed, data, teacher_logits=None):
         where = index.to(args.device)
         taught = None if teacher_logits is None else teacher_logits[where]
         with engine.autocast(args.device, args.precision):
-            given = (tokens.batch(index), labels[where], taught, ce_weight, kd_weight, args)
-            loss, logits = loss_fn(classify, *given)
+            loss, logits = loss_fn(classify, tokens.batch(index), labels[where], taught, ce_weight, kd_weight, args)
         return loss, (logits.detach().argmax(1) == labels[where]).sum(), len(index)
 
     def batches(epoch):
@@ -703,7 +708,7 @@ def parse(argv):
     add = parser.add_argument_group("networks").add_argument
     add("--teacher", default="tiny", help=f"hub id, folder, or size from scratch: {', '.join(SIZES)}, LAYERSxHIDDEN")
     add("--student", nargs="+", default=[], help="likewise (default: the teacher's; for tiny also 1x32)")
-    common.add_student_flags(parser)
+    common.add_student_flags(parser, distils=True)
     parser.set_defaults(temperature=2.0)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), help="passes over the training texts (default: 6 from scratch, else 3)")
@@ -722,23 +727,17 @@ def parse(argv):
     common.add_device_flag(group)
     common.add_figure_flags(parser, "results/glue-TASK")
     args = parser.parse_args(argv)
-    runs.check_seeds(args.seeds)
     if (args.text_column or args.label_column) and not args.task.startswith("csv:"):
         raise InputError("--text-column and --label-column are of csv files: give --task csv:PATH, or leave them out")
-    if not args.kd_weight:
-        raise InputError("--kd-weight 0 distils nothing: give it a weight above 0")
     if not args.student:
         args.student = [args.teacher, "1x32"] if args.teacher == "tiny" else [args.teacher]
     args.student = list(dict.fromkeys(args.student))
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
-        raise InputError(f"two of {', '.join(sorted(names))} end alike, which names their run folders: rename one")
-    engine.note_losses()
-    args.device = engine.use_device(args.device)
-    if args.precision == "auto":
-        # The embedded task's numbers stay the same on every CPU.
-        half = args.task != "sentiment" and (args.device == "cuda" or engine.bf16_in_hardware())
-        args.precision = "bf16" if half else "fp32"
+        raise InputError(
+            f"two of {', '.join(sorted(names))} end alike, which names their run folders: copy one to another name"
+        )
+    engine.use_machine(args, embedded=args.task == "sentiment")
     task = Path(args.task.partition(":")[2] or args.task).stem
     args.out = args.out or f"runs/{task}"
     if args.results == parser.get_default("results"):

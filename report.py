@@ -150,7 +150,6 @@ def read_row(file):
     None without a control, or without one of the two splits, as logits of a user's own may be.
     """
     kept = runs.read_json(file)
-    picture = file.with_name("fig1a.json")  # earlier versions left no fig1a.json
     if set(kept["tables"]) != {"train", "test"} or "control" not in kept["tables"]["test"]["predicted"]:
         return None
     train = kept["tables"]["train"]
@@ -158,7 +157,7 @@ def read_row(file):
     slope, below = deviation.deviation_claims({"train": train})[:2]
     row = {name: test["fidelity"][name]["accuracy"]["value"] for name in ("teacher", "control", "student")}
     row.update(fit=train["fidelity"]["teacher"]["accuracy"]["value"], seeds=kept["seeds"], slope=slope, below=below)
-    row["drawn"] = runs.read_json(picture)["train"] if picture.exists() else None
+    row["drawn"] = runs.read_json(file.with_name("fig1a.json"))["train"]
     return row
 
 
@@ -167,7 +166,8 @@ def read_row(file):
 
 def run_tables(trained):
     """{data in words: a row for each setting}: runs of one name but for the seed are one row."""
-    groups, tables = {}, {}
+    groups = {}
+    tables = {}
     for run in trained:
         groups.setdefault(run.setting, []).append(run)
     for (data, *_), group in sorted(groups.items()):
@@ -204,9 +204,7 @@ def side_by_side(kept):
         for row in claims.headlines(sum(setting["claims"].values(), [])):
             cells = found.setdefault((row["section"], row["claim"]), [None] * len(kept))
             if cells[k]:
-                raise runs.InputError(
-                    f"{setting['title']} has two rows of {row['claim']!r}: keep one setting in a file"
-                )
+                raise runs.InputError(f"{setting['title']} has {row['claim']!r} twice: keep one setting in a file")
             cells[k] = row
     return sorted(found.items(), key=lambda item: claims.SECTIONS.index(item[0][0]))
 

@@ -6,13 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and one thread rounds alike everywhere
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
+torch.set_num_threads(1)
 
 for folder in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(folder))
 
 from helpers import TINY, ok, run_cli  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)  # else what ran before decides a test's random tensors
 
 
 @pytest.fixture(scope="session")

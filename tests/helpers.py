@@ -349,15 +349,6 @@ def damage_to(draw, content):
     )[kind]
 
 
-def damaged(content, draw):
-    """`content` (bytes) cut, with a flipped bit, with zeros, or with a part of it repeated. draw: a random.Random."""
-    at, to = sorted(draw.randrange(len(content)) for _ in range(2))
-    bits = bytearray(content)
-    bits[at] ^= 1 << draw.randrange(8)
-    zeros = content[:at] + bytes(to - at) + content[to:]
-    return draw.choice([bytes(bits), bytes(bits), zeros, content[:at], content[:to] + content[at:]])
-
-
 def odd_arrays(*shapes):
     """Arrays of any type in some of these shapes and others, holding 0, 1, 2, 0, … where the type has numbers."""
 

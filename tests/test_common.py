@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import itertools
-import os
 import pickle
 import random
 import shutil
@@ -49,8 +48,6 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import cifar, utils
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
-
 # ---------------------------------------------------------------- models
 
 
@@ -65,8 +62,19 @@ def test_parameter_counts_are_the_published_ones(arch):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[arch]
 
 
+def test_blocks_add_what_comes_in_subsampled_and_padded_with_zero_channels():
+    x, block = torch.randn(2, 4, 8, 8), common.BasicBlock(4, 8, 2).eval()
+    torch.nn.init.zeros_(block.bn2.weight)  # what is left is the shortcut
+    assert torch.equal(block(x), torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)).relu())
+    block = common.InvertedResidual(4, 4, 6, 1).eval()
+    torch.nn.init.zeros_(block.layers[-1].weight)
+    assert torch.equal(block(x), x)
+    for arch, shape in (("resnet8", (64, 8, 8)), ("mobilenetv2", (1280, 4, 4))):
+        assert common.build_model(arch, 10, (32, 32, 3)).features(torch.zeros(2, 3, 32, 32)).shape[1:] == shape
+
+
 BUILT = [*itertools.product(("resnet14", "mobilenetv2", "mlp", "cnn"), ((8, 8, 1), (32, 32, 3)))]
-BUILT += [("torchvision:resnet18", (32, 32, 3)), ("torchvision:googlenet", (64, 64, 3))]
+BUILT += [("torchvision:resnet18", (32, 32, 3)), ("torchvision:shufflenet_v2_x0_5", (64, 64, 3))]
 
 
 @pytest.mark.parametrize("arch, image", BUILT)
@@ -233,13 +241,27 @@ def test_an_npz_may_name_its_classes(tmp_path):
     data = common.load_data(save_arrays(tmp_path / "d.npz", y, y, class_names=names))
     assert data.facts["class_names"] == names and data.y_train.tolist() == [0, 1, 2] * 4
     for bad, message in [
-        (names[:2], "has 2 class_names but 3 classes"),
+        (names[:2], r"class_names is <U3 \[2\]; it must be words \[3\]"),
         ("cat", r"class_names is <U3 \[\]; it must be words"),
         ([names] * 3, r"class_names is <U3 \[3, 3\]"),
         ([0.5, 1.0, 2.0], "class_names is float64"),
     ]:
         with pytest.raises(runs.InputError, match=message):
             common.load_data(save_arrays(tmp_path / "d.npz", y, y, class_names=bad))
+
+
+def test_mean_and_deviation_are_of_each_channel_and_every_byte_is_in_the_hash(tmp_path):
+    arrays, seen = write_arrays(tmp_path / "d.npz", n=1100, side=4), set()  # more images than one part
+    arrays["x_train"][..., 1] //= 2
+    for key in (None, *common.ARRAYS):
+        if key:
+            arrays[key].reshape(-1)[-1] ^= 1
+        np.savez(tmp_path / "d.npz", **arrays)
+        data, plain = common.load_data(f"npz:{tmp_path / 'd.npz'}"), arrays["x_train"] / 255
+        np.testing.assert_allclose(data.mean, plain.mean((0, 1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(data.std, plain.std((0, 1, 2)), rtol=1e-5)
+        seen.add(data.facts["sha256"])
+    assert len(seen) == 5
 
 
 # ---------------------------------------------------------------- CIFAR and Tiny-ImageNet
@@ -549,6 +571,7 @@ def test_learning_rates_of_the_recipes():
     tiny = schedule("--data", "tiny-imagenet")
     assert (tiny.epochs, tiny.lr, tiny.milestones) == (200, 0.1, [75, 135])
     args = schedule("--recipe", "short")
+    assert rate(23.75) == pytest.approx(0.2 * (1 + np.cos(np.pi / 4)), rel=1e-3)
     assert rate(5) == 0.4 and common.learning_rate(80 * per_epoch - 1, args, per_epoch) < 1e-4
 
 
@@ -579,8 +602,8 @@ def bad_arrays(folder):
 
 NO_FOLDERS = ("/proc/x", "/dev/null/x", "file")
 BAD_FLAGS = [
-    (["--arch", "resnet9"], "unknown --arch", "resnet20"),
-    (["--arch", "torchvision:resnet19", "--width", "1"], "unknown --arch", "resnet18"),
+    (["--arch", "resnet9"], "unknown architecture", "resnet20"),
+    (["--arch", "torchvision:googlenet", "--width", "1"], "unknown architecture", "resnet18"),
     (["--arch", "torchvision:resnet18", "--width", "1"], "takes 3 channels"),
     (["--arch", "torchvision:resnet18"], "--width"),
     (["--arch", "torchvision:alexnet", "--data", "npz:good.npz", "--subset", "0", "--width", "1"], "does not fit"),
@@ -654,6 +677,7 @@ def actions_of(module):
 
     def capture(parser, argv=None):
         kept.extend(parser._actions)
+        assert parser.format_help()  # a stray % in a text would end it
         raise Reached
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import files_below, finished, ok, one_line_error, refused, run_cli
-from hypothesis import given, settings
+from helpers import files_below, finished, fuzz, ok, one_line_error, refused, run_cli
+from hypothesis import given
 from hypothesis import strategies as st
 
 TINY = "--subset 60 --steps 6 --width 0.1 --batch-size 20 --device cpu --seeds 0 --archs linear cnn".split()
@@ -22,7 +22,7 @@ TINY = "--subset 60 --steps 6 --width 0.1 --batch-size 20 --device cpu --seeds 0
 # ---------------------------------------------------------------- linear theory
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(300)
 @given(st.floats(0.01, 100), st.floats(1e-4, 0.99), st.floats(0.01, 10), st.floats(0.01, 0.99))
 def test_student_progresses_less_along_the_lower_eigenvalue_at_equal_progress(top, ratio, reach, share):
     teacher, student = eigenspace.equal_progress(top, top * ratio, reach / top, share)
@@ -35,7 +35,7 @@ def test_student_progresses_less_along_the_lower_eigenvalue_at_equal_progress(to
     assert at_top(student / eigenspace.flow_filter(top * ratio, reach / top)) == pytest.approx(share, rel=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 @given(
     st.lists(st.floats(1e-3, 1), min_size=2, max_size=6),
     st.floats(0.05, 0.99),
@@ -124,10 +124,15 @@ def test_bias_variance_helps_or_hurts_by_where_the_signal_lies():
     assert top["student"][-1] < top["teacher"][-1] and low["student"][0] > low["teacher"][0]
 
 
+def test_distilling_lowers_the_risk_where_the_signal_is_on_top_and_raises_it_elsewhere():
+    rows = eigenspace.linear_claims([eigenspace.bias_variance(seed) for seed in range(5)])
+    assert [(row["expected"], row["verdict"]) for row in rows] == [("< 0", "holds"), ("> 0", "holds")]
+
+
 # ---------------------------------------------------------------- progress and confidence
 
 
-@settings(max_examples=100, deadline=None)
+@fuzz(100)
 @given(st.integers(2, 4000), st.integers(2, 12))
 def test_eigen_buckets_partition_the_directions(count, buckets):
     ends = eigenspace.bucket_ends(count, buckets)

@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 
 
 # After the last step of an epoch, a signal waits for its line. A crash may come before the first checkpoint.
-@pytest.mark.parametrize("kind, seconds", [(signal.SIGINT, 60), (signal.SIGTERM, 60), (Crash, 0), (Crash, 60)])
+@pytest.mark.parametrize("kind, seconds", [(signal.SIGINT, 1e9), (signal.SIGTERM, 1e9), (Crash, 0), (Crash, 1e9)])
 @pytest.mark.parametrize("stop_at", [1, 9, 11])  # of 16
 def test_an_interrupted_run_ends_in_the_same_weights(kind, seconds, stop_at, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "SAVE_SECONDS", seconds)
@@ -172,7 +172,7 @@ def test_the_table_holds_the_logits_of_the_live_teacher_for_every_view(precision
     for teacher in (live, cached):
         teacher.ready()
     table, index = cached.table, torch.arange(len(data.y_train))
-    assert live.table is None and len(table) == len(index) * data.n_views
+    assert live.table is None and table.shape[:2] == (len(index), data.n_views)
     for view in range(data.n_views):
         views = torch.full_like(index, view)
         expected, got = (teacher(data.batch(index, views), index, views) for teacher in (live, cached))
@@ -245,7 +245,7 @@ def test_compiled_runs_end_close_to_eager_ones_and_compile_once(tiny_runs, tmp_p
         compiled, eager = (weights_and_metrics(place / f"kd-s{seed}")[0] for place in (tmp_path, folder))
         assert all(torch.allclose(compiled[key].float(), eager[key].float(), atol=5e-4) for key in eager)
     # One for the student and one for the teacher; the next seed's models run the same code.
-    assert graphs[0] > 1 and (graphs[1] == graphs[0] or torch.__version__ < "2.5")
+    assert graphs[0] > 1 and graphs[1] == graphs[0]
 
 
 class FakeGraphs:
@@ -325,6 +325,8 @@ def test_the_captured_step_never_waits_for_the_device(epochs, waiting, data, mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graphs_equal_the_eager_step(tmp_path):
     write_arrays(tmp_path / "d.npz", n=90, side=12, classes=4)
-    data = common.load_data(f"npz:{tmp_path / 'd.npz'}", device="cuda")
+    plain, data = (common.load_data(f"npz:{tmp_path / 'd.npz'}", device=device) for device in ("cpu", "cuda"))
+    index, view = torch.arange(90), torch.arange(90) % data.n_views
+    torch.testing.assert_close(data.batch(index.cuda(), view.cuda()).cpu(), plain.batch(index, view))
     for fast in (False, True):
         check_close(taken_steps(data), taken_steps(data, fast=fast, captured=True), 1e-3, 0.05, hits=2)

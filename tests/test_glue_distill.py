@@ -1,15 +1,13 @@
 """glue_distill.py: texts and tables, tokens, losses, runs, report, bad input."""
 
 import hashlib
+import math
 import os
-import random
 import re
 import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
 
 import claims
 import common
@@ -20,12 +18,12 @@ import runs
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from helpers import Malicious, damaged, hashes, input_error, same_run, save_pretrained, valid_or_refused
-from hypothesis import given, settings
+from helpers import Malicious, damage_to, fuzz, hashes, input_error, same_run, save_pretrained, valid_or_refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-torch.set_num_threads(1)  # as in the processes that are compared with this one
 LANGUAGE = "--teacher 1x16 --subset 160 --epochs 2 --max-length 32 --quiet --device cpu --bootstrap 100".split()
 
 
@@ -358,7 +356,7 @@ def test_text_runs_hold_what_was_trained_and_teach_from_their_stored_logits(text
     assert np.array_equal(arrays["train_labels"], train.labels)
     assert np.array_equal(arrays["train_clean_labels"], train.clean)
     accuracy = np.mean(arrays["test_logits"].argmax(1) == arrays["test_labels"])
-    assert accuracy == pytest.approx(runs.last_metrics(run)["test_acc"])
+    assert accuracy == pytest.approx(runs.read_metrics(run)[-1]["test_acc"])
     kd, onehot = (runs.read_config(run_of(name, 0, texts)) for name in ("1x16-1x16-kd", "1x16-onehot"))
     assert kd["facts"]["teacher_sha256"] == hashlib.sha256(arrays["train_logits"].tobytes()).hexdigest()
     assert kd["flags"]["temperature"] == 2 and onehot["flags"]["temperature"] is None
@@ -398,7 +396,7 @@ def test_the_language_report_agrees_with_the_runs(texts):
     rows = {row["network"]: row for row in report["rows"]}
     assert list(rows) == ["teacher", "1x16 onehot", "1x16 kd", "1x8 onehot", "1x8 kd"]
     for network, name in (("teacher", "1x16-teacher"), ("1x8 kd", "1x16-1x8-kd")):
-        accuracies = [runs.last_metrics(run_of(name, seed, texts))["test_acc"] for seed in (0, 1)]
+        accuracies = [runs.read_metrics(run_of(name, seed, texts))[-1]["test_acc"] for seed in (0, 1)]
         assert rows[network]["test_acc"]["seeds"] == pytest.approx(accuracies)
     test = glue_distill.load_task("sentiment").splits["test"]
     bayes = report["task"]["bayes_accuracy"]
@@ -409,7 +407,6 @@ def test_the_language_report_agrees_with_the_runs(texts):
     assert marked == dict(language="1x16")  # of the first student
     claim = runs.read_json(results / "claims.json")[0]
     assert claim["measured"] == pytest.approx(rows["teacher"]["test_acc"]["value"] / bayes)
-    assert claim["low"] < claim["measured"] < claim["high"]
     assert "the teacher fits" in (results / "glue.md").read_text() and "the teacher fits" in claim["note"]
 
 
@@ -432,7 +429,7 @@ def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, lost, uninte
     """Steps 1-10 are the teacher's, 11-20 the one-hot student's, 21-30 the distilled student's."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(uninterrupted / "roberta", "roberta")
-    monkeypatch.setattr(engine, "SAVE_SECONDS", 0 if at == 29 else 60)
+    monkeypatch.setattr(engine, "SAVE_SECONDS", 0 if at == 29 else math.inf)
     real, calls = torch.nn.utils.clip_grad_norm_, []
 
     def interrupt(*args):
@@ -536,8 +533,33 @@ def test_mnli_reports_both_dev_sets_and_cola_its_correlation(tmp_path, monkeypat
         assert list(row) == ["network", *columns]
     logits = runs.read_npz("runs/mnli-1x8-onehot-s0/logits.npz", ("mismatched_logits", "mismatched_labels"))
     assert logits["mismatched_logits"].shape == (30, 3)
-    (claim,) = runs.read_json("results/glue-cola/claims.json")
-    assert "higher MCC on the dev set" in claim["claim"]
+
+
+def test_the_claim_of_cola_is_kd_minus_one_hot(tmp_path):
+    write_glue(tmp_path, "cola", 30)
+    data, folders = glue_distill.load_task("cola", tmp_path), {}
+    labels = data.splits["test"].labels
+    for name, right in (("teacher", 30), ("1x8 onehot", 20), ("1x8 kd", 29)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        logits = np.eye(2)[np.where(np.arange(30) < right, labels, 1 - labels)]
+        runs.write_npz(folders[name] / "logits.npz", dict(train_logits=logits, test_logits=logits))
+    glue_distill.report_scores([folders], data, SimpleNamespace(bootstrap=200, results=tmp_path, student=["1x8"]))
+    (claim,) = runs.read_json(tmp_path / "claims.json")
+    assert "higher MCC on the dev set" in claim["claim"] and claim["verdict"] == "holds" and claim["measured"] > 0.3
+
+
+def test_a_text_network_learns_the_labels_and_teacher_logits_of_its_own_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = glue_distill.parse("--subset 160 --epochs 1 --lr 1e-30 --max-length 32 --quiet --device cpu".split())
+    data = glue_distill.load_task("sentiment", subset=160)
+    model, taught = glue_distill.prepare("1x16", data, args), np.random.default_rng(0).normal(0, 3, (160, 2))
+    logits = glue_distill.logits_of(glue_distill.build_classifier(model, ("student", 0)), model.tokens["train"])
+    one_hot = F.cross_entropy(logits, torch.from_numpy(data.splits["train"].labels))
+    distilled = common.kd_loss(logits, torch.from_numpy(taught), 2.0)
+    for teacher, wanted in ((None, one_hot), (taught.astype(np.float32), distilled)):
+        glue_distill.train_text(Path(f"run {wanted}"), model, args, "student", 0, data, teacher)
+        assert runs.read_metrics(f"run {wanted}")[-1]["train_loss"] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------- bad input
@@ -580,7 +602,6 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
         (["--teacher", "evil"], "model evil cannot be read"),
         (["--teacher", "wordless"], "tokenizer", "vocab.json"),
         (["--teacher", "x/m", "--student", "y/m"], "end alike"),
-        (["--kd-weight", 0], "--kd-weight 0"),
     ]
     for flags, *words in cases:
         line = input_error(glue_distill, *LANGUAGE, *flags)
@@ -601,12 +622,17 @@ def test_bad_language_input_gets_one_line(texts, tmp_path, monkeypatch):
 def test_damaged_tsv_files_are_refused_or_whole(task, tmp_path):
     file = write_glue(tmp_path, task) / "train.tsv"
     good = file.read_bytes()
-    for content in (b"", b"\n", b"\t", b"\xff", *(damaged(good, random.Random(seed)) for seed in range(30))):
+
+    @fuzz(30)
+    @given(st.sampled_from((b"", b"\n", b"\t", b"\xff")) | damage_to(good))
+    def check(content):
         file.write_bytes(content)
         data = valid_or_refused(lambda: glue_distill.load_task(task, tmp_path))
         for split in data.splits.values() if data else ():
             assert len(split.texts) == len(split.labels) and len({len(text) for text in split.texts}) == 1
             assert 0 <= split.labels.min() <= split.labels.max() < data.facts["classes"]
+
+    check()
 
 
 LABELS = st.sampled_from(("0", "1", "²", "02", "9" * 5000, "1e9999", "", "good")) | st.text(max_size=5)
@@ -614,7 +640,7 @@ CSV_ROW = st.tuples(st.text(max_size=10), LABELS).map(lambda pair: '"{}",{}'.for
 HEADER = st.sampled_from(("text,label", "text,label", "label,text", "text", "", "text,text,label", "\ufefftext,label"))
 
 
-@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@fuzz(40)
 @given(HEADER, st.lists(CSV_ROW | st.just("a,0") | st.just('b,"1"') | st.just('"'), max_size=80))
 def test_csv_files_of_any_content_are_refused_or_whole(tmp_path_factory, header, rows):
     path = tmp_path_factory.getbasetemp() / "any.csv"
@@ -635,7 +661,11 @@ def test_a_damaged_saved_model_is_refused_or_read(name, tmp_path):
         model = small_model(data, str(tmp_path / "model"))
         return glue_distill.logits_of(glue_distill.build_classifier(model, ("student", 0)), model.tokens["test"])
 
-    for seed in range(6):
-        file.write_bytes(damaged(good, random.Random(seed)))
+    @fuzz(6)
+    @given(damage_to(good))
+    def check(content):
+        file.write_bytes(content)
         logits = valid_or_refused(read)
         assert logits is None or logits.shape == (20, 2)
+
+    check()

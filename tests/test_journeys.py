@@ -7,7 +7,7 @@ import runs
 import numpy as np
 import pytest
 import torch
-from helpers import HERE, ok, one_line_error, run_cli, run_process
+from helpers import HERE, ok, run_cli, run_process
 from PIL import Image
 from torchvision import models
 from torchvision.transforms import functional
@@ -66,10 +66,6 @@ def test_pictures_a_torchvision_teacher_students_controls_and_figure_1a(user):
     figure = ["--student", *students, "--bootstrap", 100]
     said = ok(run_cli("analyze_deviation.py", *figure, "--control", *controls, "--out", "figure", cwd=folder))
     assert "2 seeds" in said and "of its training labels" in said and (folder / "figure/fig1a.png").exists()
-    ok(run_cli("analyze_deviation.py", *figure, "--out", "alone", cwd=folder))
-    verdicts = {row["claim"]: row["verdict"] for row in runs.read_json(folder / "alone/claims.json")}
-    for split in ("train", "test"):
-        assert verdicts[f"{split}: slope of the student's fit exceeds 1"] == "unclear: no control"
 
 
 def test_own_logits_in_csv_with_labels_in_words(user):
@@ -87,21 +83,6 @@ def test_own_logits_in_csv_with_labels_in_words(user):
     assert "dark = 0, light = 1" in said
     rows = runs.read_json(folder / "own/claims.json")
     assert rows[0]["claim"].startswith("val: slope") and rows[0]["verdict"] == "unclear: no control"
-    process = run_cli("analyze_deviation.py", *files, "--control-logits", "t.csv", "--out", "own", cwd=folder)
-    one_line_error(process, "a file of logits is given twice")
-
-
-def test_a_class_without_test_pictures_is_said(user, tmp_path):
-    folder, _ = user
-    for split in ("train", "val"):
-        for name in ("dark", "light", "none")[: 3 if split == "train" else 2]:
-            place = tmp_path / "pictures" / split / name
-            place.mkdir(parents=True)
-            source = folder / "pictures" / split / ("dark" if name == "none" else name)
-            for file in sorted(source.iterdir())[:8]:
-                (place / file.name).write_bytes(file.read_bytes())
-    flags = [*PICTURES, "--arch", "mlp", "--width", 0.1, "--epochs", 1, "--warmup", 0]
-    assert "has no test picture of none" in ok(run_cli("train_teacher.py", *flags, "--out", "t", cwd=tmp_path))
 
 
 def test_a_script_runs_in_a_notebook(tmp_path):
@@ -115,5 +96,6 @@ def test_a_script_runs_in_a_notebook(tmp_path):
         "print(text)\n"
     )
     flags = [HERE / "train_teacher.py", "--epochs", 1, "--warmup", 0, "--subset", 200, "--width", 0.25, "--quiet"]
+    flags += ["--device", "cpu"]
     said = ok(run_process(tmp_path / "notebook.py", *flags, cwd=tmp_path))
     assert "runs/digits-resnet8-teacher-s0: test" in said

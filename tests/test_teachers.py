@@ -69,7 +69,7 @@ def test_a_file_of_weights_teaches_as_its_run_folder_does(prefix, key, state, tr
     printed = finished(train_student, *distil("t.pth"))
     assert same_run(trained / "kd", "kd") and (f"under '{prefix}'" in printed) == bool(prefix)
     facts = runs.read_config("kd")["facts"]
-    recorded = runs.last_metrics(trained / "t")["test_acc"]
+    recorded = runs.read_metrics(trained / "t")[-1]["test_acc"]
     assert facts["teacher_arch"] == "resnet8" and abs(facts["teacher_test_acc"] - recorded) < 1e-9
     assert "of its training labels" in printed
 

@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import engine
 import runs
 import train_student
 import train_teacher
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ from helpers import (
     weights_and_metrics,
     write_arrays,
 )
+from torchvision.transforms.v2 import functional
 
 # ---------------------------------------------------------------- what the two scripts hand to the engine
 
@@ -61,15 +64,53 @@ def test_the_loss_of_a_student_is_the_weighted_sum(tiny_runs, tmp_path, monkeypa
     weights = ["--kd-weight", 0.7, "--ce-weight", 0.2, "--temperature", 3]
     teacher = ["--teacher", tiny_runs / "runs" / "teacher-s0"]
     caught = caught_training(monkeypatch, [train_student, *teacher, *weights, "--out", tmp_path / "weighted"])
-    model, _, args, _, _, loss_fn, weights_at, *_ = caught["weighted"]
-    assert weights_at(0) == (0.2, 0.7)
-    student, logits, teacher, labels = torch.nn.Identity(), torch.randn(5, 10), torch.randn(5, 10), torch.arange(5)
-    loss, returned = loss_fn(student, logits, labels, teacher, 0.2, 0.7, args)
-    p, q = F.softmax(teacher / 3, 1), F.softmax(logits / 3, 1)
-    expected = 0.2 * F.cross_entropy(logits, labels) + 0.7 * 9 * (p * (p / q).log()).sum(1).mean()
-    assert torch.isclose(loss, expected) and torch.equal(returned, logits)
-    loss, _ = loss_fn(student, logits, labels, None, 0.2, 0.0, args)
-    assert torch.isclose(loss, 0.2 * F.cross_entropy(logits, labels))
+    _, _, args, _, _, loss_fn, weights_at, *_ = caught["weighted"]
+    assert weights_at(0) == (0.2, 0.7) and loss_fn is common.student_loss and args.temperature == 3
+
+
+def plain_run(role, weights, teacher=None):
+    """Model, mean loss and accuracy of the last of two epochs, in plain PyTorch with torchvision's crops one by one."""
+    data = common.load_data("digits", subset=300)
+    model = common.build_model("resnet8", 10, (8, 8, 1), 0.25, (role, 0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.8, weight_decay=0.01, nesterov=True)
+    for epoch in range(2):
+        losses, hits = [], 0
+        order, views = common.epoch_stream(data, role, 0, epoch)
+        for k, index in enumerate(order[:256].split(64)):
+            images = []
+            for one in index.tolist():
+                dy, dx = divmod(int(views[one]), 3)
+                image = functional.pad(data.x_train[one].permute(2, 0, 1), [1] * 4)[:, dy : dy + 8, dx : dx + 8]
+                images.append(functional.normalize(image / 255, data.mean.tolist(), data.std.tolist()))
+            images, labels = torch.stack(images), data.y_train[index]
+            optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + np.cos(np.pi * (4 * epoch + k) / 8))
+            logits = model(images)
+            loss = weights[0] * F.cross_entropy(logits, labels)
+            if teacher:
+                with torch.no_grad():
+                    soft = F.softmax(teacher(images) / 3, 1)
+                loss = loss + weights[1] * 9 * (soft * (soft.log() - F.log_softmax(logits / 3, 1))).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            hits += (logits.argmax(1) == labels).sum().item()
+    return model.eval(), np.mean(losses), hits / 256
+
+
+def test_teacher_and_student_are_those_of_a_plain_loop(tmp_path):
+    flags = [*TINY, "--warmup", 0, "--lr", 0.02, "--weight-decay", 0.01, "--momentum", 0.8]
+    finished(train_teacher, *flags, "--out", tmp_path / "teacher")
+    more = ["--teacher", tmp_path / "teacher", "--kd-weight", 0.7, "--ce-weight", 0.2, "--temperature", 3]
+    finished(train_student, *flags, *more, "--out", tmp_path / "student")
+    model = None
+    for role, weights in (("teacher", (1.0, 0.0)), ("student", (0.2, 0.7))):
+        model, loss, accuracy = plain_run(role, weights, model)
+        line = runs.read_metrics(tmp_path / role)[-1]
+        assert (line["train_loss"], line["train_acc"]) == pytest.approx((loss, accuracy), rel=1e-4)
+        weights = runs.load_checkpoint(tmp_path / role / "checkpoint.pt")["model"]
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=5e-5)
 
 
 def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(tiny_runs, tmp_path, monkeypatch):
@@ -88,7 +129,7 @@ def test_students_of_one_seed_are_paired_and_differ_from_the_teacher(tiny_runs, 
     assert keys["kd"][0] != keys["teacher"][0] and keys["kd"][1:] != keys["teacher"][1:]
     facts = {name: runs.read_config(folder / f"{name}-s0")["facts"] for name in ("onehot", "kd")}
     assert facts["onehot"]["teacher_sha256"] is None
-    assert facts["kd"]["teacher_sha256"] == runs.teacher_hash(folder / "teacher-s0" / "checkpoint.pt")
+    assert facts["kd"]["teacher_sha256"] == runs.teacher_hash(folder / "teacher-s0")
     teacher, kd, onehot = (
         weights_and_metrics(folder / f"{name}-s0")[0]["fc.weight"] for name in ("teacher", "kd", "onehot")
     )
@@ -137,7 +178,7 @@ def test_real_cifar10_trains_from_teacher_to_figure(tmp_path):
     ok(run_cli("train_student.py", *flags, "--teacher", "t", "--out", "s", cwd=tmp_path))
     figure = ["--teacher", "t", "--student", "s", "--out", "r", "--bootstrap", 100]
     ok(run_cli("analyze_deviation.py", *figure, cwd=tmp_path))
-    assert runs.last_metrics(tmp_path / "t")["test_acc"] > 0.12 and (tmp_path / "r" / "fig1a.png").exists()
+    assert (tmp_path / "r" / "fig1a.png").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -145,8 +186,10 @@ def test_cuda_graphs_end_close_to_the_eager_run(tmp_path):
     flags = ["--epochs", 2, "--width", 0.25, "--subset", 300, "--quiet", "--precision", "fp32"]
     for name, more in (("eager", ["--no-fast"]), ("fast", [])):
         ok(run_cli("train_teacher.py", *flags, *more, "--out", name, cwd=tmp_path))
-    eager, fast = (weights_and_metrics(tmp_path / name)[0] for name in ("eager", "fast"))
-    assert all(torch.allclose(eager[key].float(), fast[key].float(), atol=0.05) for key in eager)
+        ok(run_cli("train_student.py", *flags, *more, "--teacher", "eager", "--out", f"kd-{name}", cwd=tmp_path))
+    for kind in ("", "kd-"):
+        eager, fast = (weights_and_metrics(tmp_path / f"{kind}{name}")[0] for name in ("eager", "fast"))
+        assert all(torch.allclose(eager[key].float(), fast[key].float(), atol=0.05) for key in eager), kind
 
 
 # ---------------------------------------------------------------- killed commands and full disks
@@ -229,7 +272,7 @@ def test_faults_a_full_disk_leaves_the_last_good_checkpoint(tiny_runs, tmp_path)
 
 
 def test_ctrl_c_saves_and_prints_the_resume_command(tmp_path):
-    flags = ["--epochs", "1000000", "--width", "0.25", "--out", "t"]  # only the signal ends it
+    flags = ["--epochs", "1000000", "--width", "0.25", "--device", "cpu", "--out", "t"]  # only the signal ends it
     command = [sys.executable, str(HERE / "train_teacher.py"), *flags, "--overwrite"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), **pipes)
