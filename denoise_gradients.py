@@ -380,8 +380,8 @@ def denoise_claims(seeds):
     rows = [claims.headline(claims.joint_claim(text, verdicts, of_controls), "§5"), *parts]
     kd, smooth = (np.array([fall_on_hard_points(seed, loss) for seed in seeds]) for loss in ("kd", "smooth"))
     beside = dict(control=claims.over_seeds(smooth), difference=claims.over_seeds(kd - smooth))
-    text = "the noise falls more on the hardest quarter than on the easiest"
-    note = "log ratio of noise, one-hot / KD, hardest minus easiest quarter"
+    text = "the noise falls more on the hardest quarter than on the easiest (difference of log ratios)"
+    note = "noise of one-hot / KD"
     rows.append(claims.headline(claims.claim(text, "> 0", claims.over_seeds(kd), 0, note, **beside), "§5"))
     text = "KD is more accurate than labels as soft as its teacher"
     gains = claims.over_seeds([seed["accuracy"]["kd"] - seed["accuracy"]["smooth"] for seed in seeds])

@@ -372,8 +372,6 @@ def classifier_claims(data, results):
             row, of_control = beside_control(f"{data}, {network}: {text}", measure, threshold, seeds)
             verdicts[network] = row["verdict"]
             of_controls.append(of_control)
-            if arch == "linear" and measure == "ratio":
-                row = claims.headline(row, "§4")
             rows.append(row)
         rows.append(claims.headline(claims.joint_claim(f"{joint}: {text}", verdicts, of_controls), "§4"))
     return rows
