@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: reproduce $(FIGURES) $(ROWS) benchmark report docs smoke test lint soak clean
 
 # Without Snakemake's lock, which a killed one leaves behind: two processes in one run folder are refused by the scripts.
-# A job is run again when its command changed or what it needs is newer; a finished run is not trained again by that.
+# A job is run again when its command or common.py changed or what it needs is newer; a finished run is not trained again by that.
 reproduce $(FIGURES) $(ROWS): .venv/ready
 	.venv/bin/snakemake $@ --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime params \
 	  --quiet host rules reason --config $(SETTINGS)

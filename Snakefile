@@ -41,11 +41,12 @@ RECIPE = SETTINGS["recipe"] or "quick"
 PAPER = SETTINGS["recipe"] or "paper"  # the grid's recipe, and its folder in runs/ and results/
 NAME = re.sub(r"[^\w.+-]", "-", f"{SETTINGS['data']}-{SETTINGS['arch']}-{RECIPE}")
 TASK = re.sub(r"[^\w.+-]", "-", SETTINGS["task"])
-# What jobs are repeated for when it changes, besides their commands; a run of the old loss or data is then refused.
-PARTS = ast.parse(Path(workflow.basedir, "common.py").read_text(encoding="utf-8")).body
-SOURCES = [ast.unparse(part) for part in PARTS if getattr(part, "name", "").endswith("_loss")]
-LOSSES = hashlib.sha256("".join(SOURCES).encode()).hexdigest()
-DATA_FILES = [file for file in [SETTINGS["data"].partition(":")[2]] if os.path.isfile(file)]
+# For these too jobs are repeated when they change: common.py but for its comments, and files of data. The scripts then
+# refuse runs of another loss or data, and look at the others.
+CODE = ast.unparse(ast.parse(Path(workflow.basedir, "common.py").read_text(encoding="utf-8")))
+CODE = hashlib.sha256(CODE.encode()).hexdigest()
+PATHS = [SETTINGS[name].partition(":")[2] for name in ("data", "task")]
+DATA_FILES = [path for path in PATHS if os.path.isfile(path)]
 
 # ---------------------------------------------------------------- from tables to jobs
 
@@ -116,7 +117,8 @@ def add_figure(folder, command, seeds, needed=(), file="claims.json"):
     for seed in seeds:
         trained.append(f"{folder}/.trained-s{seed}")
         training = f"{command} --seeds {seed} --train-only && date > {trained[-1]}"
-        JOBS[trained[-1]] = (training, [mark(run, seed) for run in needed])
+        files = [file for file in DATA_FILES if file in training]
+        JOBS[trained[-1]] = (training, files + [mark(run, seed) for run in needed])
     JOBS[f"{folder}/{file}"] = (f"{command} --seeds {' '.join(seeds)}", trained)
 
 
@@ -223,7 +225,7 @@ wildcard_constraints:
 rule network:
     input: lambda w: DATA_FILES if w.network == NAME else []
     output: [mark(f"{{network}}-{run}", "{seed}") for run in NETWORK]
-    params: flags=lambda w: FLAGS[w.network], losses=LOSSES
+    params: flags=lambda w: FLAGS[w.network], code=CODE
     threads: lambda w: threads_of(FLAGS[w.network])
     shell:
         PYTHON + "switch_distill.py {params.flags} --switch-at 0 1 --train-only --seeds {wildcards.seed}"
@@ -233,6 +235,6 @@ rule network:
 rule job:
     input: lambda w: JOBS[w.file][1]
     output: "{file}"
-    params: command=lambda w: JOBS[w.file][0], losses=LOSSES
+    params: command=lambda w: JOBS[w.file][0], code=CODE
     threads: lambda w: threads_of(JOBS[w.file][0])
     shell: PYTHON + "{params.command}"

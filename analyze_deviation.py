@@ -81,8 +81,12 @@ def paired(args):
     fix = "several students are seeds of one setting: analyse others apart"
     if len({config.get("seed") for config in configs}) < len(configs):
         raise InputError(f"two of the students have the same seed: {fix}")
-    for student, config in zip(students, configs, strict=True):
-        found = differing(configs[0], config, (*RECIPE, "ce_weight", "kd_weight", "temperature"))
+    flags = sorted(set(configs[0]["flags"]) - set(runs.NOT_COMPARED))
+    facts = [[config["facts"].get(name) for name in ("loss", "switch", "targets")] for config in configs]
+    for k, student in enumerate(students):
+        found = differing(configs[0], configs[k], flags)
+        if facts[k] != facts[0]:
+            found.append("loss")
         if found:
             raise InputError(f"{students[0]} and {student} differ in {', '.join(found)}: {fix}")
     return seeds

@@ -209,9 +209,9 @@ def timed(model, loss, way, batch, rates):
     return dict(model=model, loss=loss, way=way, batch=batch, per_second=speed, rates=rates)
 
 
-def beside_best(rows, peers):
-    """These rows with `speedup`, which is over the best of the first `peers` of them."""
-    best = max(row["per_second"] for row in rows[:peers])
+def beside_best(rows, n_peers):
+    """These rows with `speedup`, which is over the best of the first `n_peers` of them."""
+    best = max(row["per_second"] for row in rows[:n_peers])
     return [dict(row, speedup=row["per_second"] / best) for row in rows]
 
 

@@ -493,7 +493,7 @@ def torchvision_model(name, classes, channels):
 
     # GoogLeNet and Inception give several outputs and normalise anew; MNASNet's weights need more than a state dict.
     unlike = ("googlenet", "inception", "mnasnet")
-    known = [known for known in models.list_models(module=models) if not known.startswith(unlike)]
+    known = [arch for arch in models.list_models(module=models) if not arch.startswith(unlike)]
     if name not in known:
         raise InputError(f"unknown architecture torchvision:{name}: use one of {', '.join(known)}")
     if channels != 3:

@@ -233,7 +233,7 @@ def measure(model, points, losses):
 
 
 def measure_seed(args, seed, data):
-    """The `measurements` of one seed, kept or made now, its runs too; test accuracies, and what its teacher fits."""
+    """Train and measure what is missing of one seed: `measurements`, test accuracies, and what its teacher fits."""
     teacher, logits, smoothing = train_seed(args, seed, data)
     folders = run_folders(args, seed)
     states = {what: states_of(folders[what], args, seed, data) for what in LOSSES}
@@ -247,7 +247,10 @@ def measure_seed(args, seed, data):
         kept.unlink(missing_ok=True)
     fit = (logits.argmax(1) == data.y_train).double().mean().item()
     given = (args, seed, data, states, logits, smoothing)
-    accuracy = {what: runs.read_metrics(folders[what])[-1]["test_acc"] for what in LOSSES}
+    accuracy = {}
+    for what in LOSSES:
+        arrays = runs.read_npz(folders[what] / "logits.npz", runs.LOGITS)
+        accuracy[what] = float((arrays["test_logits"].argmax(1) == arrays["test_labels"]).mean())
     return dict(runs.kept_result(kept, settings, measurements, *given), fit=fit, accuracy=accuracy)
 
 
@@ -380,7 +383,7 @@ def denoise_claims(seeds):
     rows = [claims.headline(claims.joint_claim(text, verdicts, of_controls), "§5"), *parts]
     kd, smooth = (np.array([fall_on_hard_points(seed, loss) for seed in seeds]) for loss in ("kd", "smooth"))
     beside = dict(control=claims.over_seeds(smooth), difference=claims.over_seeds(kd - smooth))
-    text = "the noise falls more on the hardest quarter than on the easiest (difference of log ratios)"
+    text = "the noise falls more on the hardest quarter than on the easiest (log ratios)"
     note = "noise of one-hot / KD"
     rows.append(claims.headline(claims.claim(text, "> 0", claims.over_seeds(kd), 0, note, **beside), "§5"))
     text = "KD is more accurate than labels as soft as its teacher"
@@ -487,6 +490,7 @@ def main(argv=None):
     add("--train-only", action="store_true", help="train and measure what is missing, and draw nothing")
     parser.set_defaults(seeds=[0, 1, 2, 3, 4], quiet=True)
     args = engine.resolve(parser.parse_args(argv))
+    runs.source_of(measurements)  # noted now: the file may be edited while students are trained
     if (args.kd_weight, args.ce_weight) != (1, 0):
         raise InputError("the three losses are fixed here: leave --kd-weight and --ce-weight out")
     if 0 < args.points < 8:

@@ -494,7 +494,7 @@ def main(argv=None):
     args.device = engine.use_device(args.device)
     data = common.data_from(args)
 
-    constants = dict(directions=DIRECTIONS, points=POINTS, steps=STEPS, rate=RATE, noises=list(NOISES))
+    constants = dict(spectrum=POWER_LAW.tolist(), noises=list(NOISES))  # which no code of `bias_variance` holds
     linear = each_seed(args, "least-squares", constants, bias_variance)
     results = {}
     for arch in args.archs:

@@ -41,9 +41,12 @@ def resolve(args):
 
 
 def use_machine(args, embedded):
-    """Fill in --device and --precision: fp32 for embedded data, whose numbers stay the same on every CPU."""
+    """Fill in --device and --precision: fp32 for embedded data, whose numbers stay the same on every CPU.
+
+    Notes the losses, too, before the first run: the file may be edited while a command runs.
+    """
     for loss in (common.one_hot_loss, common.student_loss):
-        runs.source_of(loss)  # noted before the first run: the file may be edited while a command runs
+        runs.source_of(loss)
     args.device = use_device(args.device)
     if args.precision == "auto":
         half = not embedded and (args.device == "cuda" or bf16_in_hardware())

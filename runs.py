@@ -292,7 +292,10 @@ def write_metrics(run, history):
 
 
 def kept_result(path, settings, compute, *given):
-    """`compute(*given)`, plain numbers and lists, kept in the JSON file `path`; InputError when it does not fit."""
+    """`compute(*given)`, plain numbers and lists, kept in the JSON file `path`.
+
+    InputError when what is kept there is damaged, or of other settings or code.
+    """
 
     def digest(result):
         return hashlib.sha256(json.dumps(result).encode()).hexdigest()
@@ -594,9 +597,9 @@ def _differences(before, after, prefix=""):
 
 
 def source_of(function):
-    """The lines of a function and of all that it uses of its own file, without comments; None where there is no source.
+    """The lines of a function and of what it uses of its own file, without comments; None where there is no source.
 
-    Of a loss for config.json. Used are functions, at any depth, and numbers and words that have a name there.
+    For the loss in config.json, and the code of a kept result: functions at any depth, numbers and words with a name.
     """
     if not inspect.isfunction(function):
         return None

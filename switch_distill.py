@@ -78,7 +78,7 @@ def train_seed(base, args, seed, data):
     if args.teacher or args.teacher_logits:
         teacher = engine.open_teacher(args, seed, data)
         del folders["teacher"]
-        if not teacher.logits:  # else from a file of weights or logits: there is no run folder
+        if not teacher.logits:  # a run folder; one from a file of weights or logits has none
             folders["teacher"] = Path(teacher.name)
     else:
         engine.train_teacher(folders["teacher"], args, seed, data)

@@ -151,12 +151,16 @@ def test_students_of_other_settings_or_of_one_seed_are_not_pooled(tiny_runs, tmp
     monkeypatch.chdir(tmp_path)
     names = names_of(tiny_runs)
     teacher, student = names["--teacher"][0], names["--student"][0]
-    for name, seed, temperature in (("warm", 1, 2.0), ("twin", 0, 4.0)):
+    for name, seed, flag, switch in (("warm", 1, 2.0, None), ("twin", 0, 4.0, None), ("late", 1, 4.0, dict(step=4))):
         shutil.copytree(student, name)
         config = runs.read_config(name)
-        config["flags"]["temperature"] = temperature
+        config["flags"]["temperature"] = flag
+        config["facts"]["switch"] = switch
         runs.write_json(f"{name}/config.json", dict(config, seed=seed))
-    for name, message in (("warm", "warm differ in temperature: several students"), ("twin", "have the same seed")):
+    refusals = dict(
+        warm="warm differ in temperature: several students", twin="have the same seed", late="differ in loss"
+    )
+    for name, message in refusals.items():
         assert message in refused(analyze_deviation, "--teacher", teacher, "--student", student, name, "--out", "never")
     shutil.copytree(names["--control"][0], "slow")
     config = runs.read_config("slow")

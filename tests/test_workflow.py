@@ -84,6 +84,14 @@ def test_scripts_take_the_commands(jobs, monkeypatch, tmp_path):
         assert outcome(module, *words) == ("accepted", ""), (script, words)
 
 
+def test_jobs_need_the_files_of_their_data(tmp_path):
+    for name in ("x.npz", "x.csv"):
+        (tmp_path / name).write_text("")
+    own = jobs_of(tmp_path, "reproduce", "--config", "data=npz:x.npz", "task=csv:x.csv", "seeds=3")
+    assert all("glue" not in job.script or "x.csv" in job.input[0] for job in own)
+    assert all("x.npz" in job.input[0] for job in own if job.rule == "network" or "eigenspace" in job.script)
+
+
 def test_no_two_jobs_train_a_run_at_the_same_time(jobs):
     made_by = {}
     for job in jobs:
