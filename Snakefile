@@ -46,7 +46,12 @@ TASK = re.sub(r"[^\w.+-]", "-", SETTINGS["task"])
 CODE = ast.unparse(ast.parse(Path(workflow.basedir, "common.py").read_text(encoding="utf-8")))
 CODE = hashlib.sha256(CODE.encode()).hexdigest()
 PATHS = [SETTINGS[name].partition(":")[2] for name in ("data", "task")]
-DATA_FILES = [path for path in PATHS if os.path.isfile(path)]
+
+
+def data_files(command):
+    """The files of data that a command reads."""
+    return [path for path in PATHS if os.path.isfile(path) and f":{path}" in command]
+
 
 # ---------------------------------------------------------------- from tables to jobs
 
@@ -117,8 +122,7 @@ def add_figure(folder, command, seeds, needed=(), file="claims.json"):
     for seed in seeds:
         trained.append(f"{folder}/.trained-s{seed}")
         training = f"{command} --seeds {seed} --train-only && date > {trained[-1]}"
-        files = [file for file in DATA_FILES if file in training]
-        JOBS[trained[-1]] = (training, files + [mark(run, seed) for run in needed])
+        JOBS[trained[-1]] = (training, data_files(command) + [mark(run, seed) for run in needed])
     JOBS[f"{folder}/{file}"] = (f"{command} --seeds {' '.join(seeds)}", trained)
 
 
@@ -223,7 +227,7 @@ wildcard_constraints:
 
 
 rule network:
-    input: lambda w: DATA_FILES if w.network == NAME else []
+    input: lambda w: data_files(FLAGS[w.network])
     output: [mark(f"{{network}}-{run}", "{seed}") for run in NETWORK]
     params: flags=lambda w: FLAGS[w.network], code=CODE
     threads: lambda w: threads_of(FLAGS[w.network])

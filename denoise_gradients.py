@@ -249,7 +249,7 @@ def measure_seed(args, seed, data):
     given = (args, seed, data, states, logits, smoothing)
     accuracy = {}
     for what in LOSSES:
-        arrays = runs.read_npz(folders[what] / "logits.npz", runs.LOGITS)
+        arrays = runs.read_npz(folders[what] / "logits.npz", ("test_logits", "test_labels"))
         accuracy[what] = float((arrays["test_logits"].argmax(1) == arrays["test_labels"]).mean())
     return dict(runs.kept_result(kept, settings, measurements, *given), fit=fit, accuracy=accuracy)
 

@@ -734,9 +734,8 @@ def parse(argv):
     args.student = list(dict.fromkeys(args.student))
     names = {args.teacher, *args.student}
     if len({Path(name).name for name in names}) < len(names):
-        raise InputError(
-            f"two of {', '.join(sorted(names))} end alike, which names their run folders: copy one to another name"
-        )
+        what = f"two of {', '.join(sorted(names))} end alike, which names their run folders"
+        raise InputError(f"{what}: copy one to another name")
     engine.use_machine(args, embedded=args.task == "sentiment")
     task = Path(args.task.partition(":")[2] or args.task).stem
     args.out = args.out or f"runs/{task}"

@@ -467,7 +467,8 @@ def weights_hash(state):
 def teacher_hash(run):
     """What students know a teacher's run by: the hash of its weights, or for text of its training logits."""
     if "tokens_sha256" in read_config(run)["facts"]:
-        return hashlib.sha256(read_npz(Path(run) / "logits.npz", LOGITS)["train_logits"].tobytes()).hexdigest()
+        arrays = read_npz(Path(run) / "logits.npz", ["train_logits"])
+        return hashlib.sha256(arrays["train_logits"].tobytes()).hexdigest()
     return weights_hash(load_checkpoint(Path(run) / "checkpoint.pt")["model"])
 
 
