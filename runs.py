@@ -607,17 +607,21 @@ def source_of(function):
     functions = [inspect.unwrap(function)]
     values = {}
     for user in functions:  # the list grows
-        codes = [user.__code__]
-        for code in codes:  # of functions inside of it too
-            codes += filter(inspect.iscode, code.co_consts)
-            for name in code.co_names:
-                used = inspect.unwrap(user.__globals__.get(name))
-                if isinstance(used, (int, float, str)):
-                    values[name] = f"{name} = {used!r}"
-                elif inspect.isfunction(used) and used.__module__ == user.__module__ and used not in functions:
-                    functions.append(used)
+        for name in _names_in(user.__code__):
+            used = inspect.unwrap(user.__globals__.get(name))
+            if isinstance(used, (int, float, str)):
+                values[name] = f"{name} = {used!r}"
+            elif inspect.isfunction(used) and used.__module__ == user.__module__ and used not in functions:
+                functions.append(used)
     lines = _source_of(tuple(user.__code__ for user in functions))
     return lines and [*lines, *values.values()]
+
+
+def _names_in(code):
+    """The global names that a code object uses, and those of the functions inside of it."""
+    yield from code.co_names
+    for inside in filter(inspect.iscode, code.co_consts):
+        yield from _names_in(inside)
 
 
 # As it was when it was first asked for: the file may be edited while this runs. By code, which is the same each time
