@@ -131,11 +131,13 @@ def faulty(script, args, cwd, out, err, seen_file, kind, at):
         if kind == "after":
             os.replace = replace_and_kill
         if kind == "full":
-            os.fsync, seen["path"] = no_space, str(path)
+            os.fsync = no_space
+            seen["path"] = str(path)
         write_atomic(path, content)
 
     register_optimizer_step_pre_hook(count_step)
-    runs.write_atomic, engine.SAVE_SECONDS = faulty_write, 0
+    runs.write_atomic = faulty_write
+    engine.SAVE_SECONDS = 0
     if kind == "limit":
         import resource
 
@@ -171,7 +173,8 @@ def outcome(module, *argv):
     """("refused", its line), ("finished", its output) or ("accepted", "") of a script run here; all else fails."""
     argv = [str(arg) for arg in argv]
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
-    handler, code = signal.getsignal(signal.SIGTERM), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    code = 0
     try:
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
             runs.cli(lambda: module.main(argv))
@@ -304,7 +307,8 @@ def save_pretrained(folder, family, names=None, positions=42):
     kind = transformers.AutoModelForMaskedLM
     if names:
         kind = transformers.AutoModelForSequenceClassification
-        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: k for k, name in enumerate(names)}
     model = kind.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

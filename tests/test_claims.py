@@ -20,7 +20,8 @@ def test_seed_intervals_are_students_t():
 
 
 def test_resampled_sums_are_those_of_plain_draws():
-    columns, rng = np.random.default_rng(0).normal(size=(30, 2)), np.random.default_rng(7)
+    columns = np.random.default_rng(0).normal(size=(30, 2))
+    rng = np.random.default_rng(7)
     sums = claims.resampled_sums(columns, 70, np.random.default_rng(7))  # more than one chunk
     plain = [columns.sum(0)] + [columns[rng.integers(30, size=30)].sum(0) for _ in range(70)]
     assert np.allclose(sums, plain)
@@ -30,7 +31,9 @@ def test_resampled_sums_are_those_of_plain_draws():
 @pytest.mark.parametrize("seed_noise, point_noise", [(0.3, 0.1), (0.01, 3.0), (0.1, 1.5)])
 def test_intervals_cover_the_truth_in_a_crossed_design(count, seed_noise, point_noise):
     """Seeds that share their points: noise of the seeds, of the points, or of both dominates."""
-    rng, inside, n = np.random.default_rng(8), 0, 500
+    rng = np.random.default_rng(8)
+    inside = 0
+    n = 500
     for _ in range(400):
         seeds = seed_noise * rng.normal(size=(count, 1)) * (count > 1)
         values = seeds + point_noise * rng.normal(size=n) + rng.normal(size=(count, n))
@@ -41,7 +44,9 @@ def test_intervals_cover_the_truth_in_a_crossed_design(count, seed_noise, point_
 
 
 def test_the_interval_of_a_ratio_covers_the_truth_and_is_unbounded_where_it_must_be():
-    rng, inside, n = np.random.default_rng(3), 0, 300
+    rng = np.random.default_rng(3)
+    inside = 0
+    n = 300
     for _ in range(300):
         seeds = np.array([[0.5], [1.0]]) + 0.1 * rng.normal(size=(2, 5))
         values = seeds[:, :, None] + rng.normal(size=(2, 1, n)) + 0.5 * rng.normal(size=(2, 5, n))
@@ -130,7 +135,8 @@ def test_headlines_are_shown_in_the_papers_order_in_one_unit_with_their_control(
     share = dict(value=0.5, low=0.4, high=0.6)
     rows.append(claims.headline(claims.claim("first", "> 1%", share, 0.01, unit="%", control=control), "§3.1"))
     claims.save_claims(tmp_path, rows, "one seed", full=False)
-    shown, first = capsys.readouterr().out, "| §3.1 | first | > 1% | 50.0 [40.0, 60.0] % | 50.0 [25.0, ?] % | holds |"
+    shown = capsys.readouterr().out
+    first = "| §3.1 | first | > 1% | 50.0 [40.0, 60.0] % | 50.0 [25.0, ?] % | holds |"
     assert shown.index(first) < shown.index("| §5 | late | > 1 | 1.20 [1.10, 1.30] | 0.50 [0.25, ?] | holds |")
     assert "another" not in shown and "(3 holds)" in shown
     assert runs.read_json(tmp_path / "claims.json")[1]["note"] == "a; one seed"

@@ -63,7 +63,8 @@ def test_parameter_counts_are_the_published_ones(arch):
 
 
 def test_blocks_add_what_comes_in_subsampled_and_padded_with_zero_channels():
-    x, block = torch.randn(2, 4, 8, 8), common.BasicBlock(4, 8, 2).eval()
+    x = torch.randn(2, 4, 8, 8)
+    block = common.BasicBlock(4, 8, 2).eval()
     torch.nn.init.zeros_(block.bn2.weight)  # what is left is the shortcut
     assert torch.equal(block(x), torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)).relu())
     block = common.InvertedResidual(4, 4, 6, 1).eval()
@@ -206,7 +207,8 @@ def save_arrays(path, labels, test_labels, **more):
 @pytest.mark.parametrize("labels", [[1, 2, 3], [0, 5, 10**10], [2, 1, 3]])
 def test_labels_with_gaps_or_an_offset_are_numbered_and_that_is_said(labels, tmp_path, capsys):
     name = save_arrays(tmp_path / "d.npz", np.array(labels * 4), np.array(labels[::-1] * 2))
-    data, plain = common.load_data(name), sorted(labels)
+    data = common.load_data(name)
+    plain = sorted(labels)
     assert data.classes == 3 and data.facts["class_names"] == [str(label) for label in plain]
     assert data.y_train.tolist() == [plain.index(label) for label in labels * 4]
     assert data.y_test.tolist() == [plain.index(label) for label in labels[::-1] * 2]
@@ -237,7 +239,8 @@ def test_grey_images_need_no_axis_for_their_channel(tmp_path):
 
 
 def test_an_npz_may_name_its_classes(tmp_path):
-    y, names = np.array([3, 5, 9] * 4), ["cat", "dog", "emu"]
+    y = np.array([3, 5, 9] * 4)
+    names = ["cat", "dog", "emu"]
     data = common.load_data(save_arrays(tmp_path / "d.npz", y, y, class_names=names))
     assert data.facts["class_names"] == names and data.y_train.tolist() == [0, 1, 2] * 4
     for bad, message in [
@@ -251,13 +254,15 @@ def test_an_npz_may_name_its_classes(tmp_path):
 
 
 def test_mean_and_deviation_are_of_each_channel_and_every_byte_is_in_the_hash(tmp_path):
-    arrays, seen = write_arrays(tmp_path / "d.npz", n=1100, side=4), set()  # more images than one part
+    arrays = write_arrays(tmp_path / "d.npz", n=1100, side=4)  # more images than one part
+    seen = set()
     arrays["x_train"][..., 1] //= 2
     for key in (None, *common.ARRAYS):
         if key:
             arrays[key].reshape(-1)[-1] ^= 1
         np.savez(tmp_path / "d.npz", **arrays)
-        data, plain = common.load_data(f"npz:{tmp_path / 'd.npz'}"), arrays["x_train"] / 255
+        data = common.load_data(f"npz:{tmp_path / 'd.npz'}")
+        plain = arrays["x_train"] / 255
         np.testing.assert_allclose(data.mean, plain.mean((0, 1, 2)), rtol=1e-5)
         np.testing.assert_allclose(data.std, plain.std((0, 1, 2)), rtol=1e-5)
         seen.add(data.facts["sha256"])
@@ -269,7 +274,8 @@ def test_mean_and_deviation_are_of_each_channel_and_every_byte_is_in_the_hash(tm
 
 def fake_cifar(root, dataset, monkeypatch):
     """Write the original python pickles with random images, and teach torchvision their checksums."""
-    rng, written = np.random.default_rng(2), {}
+    rng = np.random.default_rng(2)
+    written = {}
     folder = root / dataset.base_folder
     folder.mkdir(parents=True)
 
@@ -307,7 +313,8 @@ def test_cifar_loads_from_the_original_folder_or_a_prepared_npz(dataset, tmp_pat
 
 
 def test_cifar_downloads_once_through_torchvision(tmp_path, monkeypatch):
-    dataset, calls = datasets.CIFAR10, []
+    dataset = datasets.CIFAR10
+    calls = []
     fake_cifar(tmp_path / "source", dataset, monkeypatch)
 
     def download(url, root, **checks):
@@ -324,7 +331,8 @@ def test_cifar_downloads_once_through_torchvision(tmp_path, monkeypatch):
 
 
 def fake_tiny_imagenet(root):
-    rng, names = np.random.default_rng(3), ["n01443537", "n01629819"]
+    rng = np.random.default_rng(3)
+    names = ["n01443537", "n01629819"]
 
     def image(path, mode="RGB"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +348,8 @@ def fake_tiny_imagenet(root):
 
 @pytest.mark.parametrize("layout", ["folder", "download"])
 def test_tiny_imagenet_is_decoded_once_into_an_npz(layout, tmp_path, monkeypatch):
-    folder, calls = tmp_path / "data" / "tiny-imagenet-200", []
+    folder = tmp_path / "data" / "tiny-imagenet-200"
+    calls = []
 
     def download(url, root, unpacked, md5, **more):
         calls.append((url, md5))
@@ -349,7 +358,8 @@ def test_tiny_imagenet_is_decoded_once_into_an_npz(layout, tmp_path, monkeypatch
     if layout == "folder":
         fake_tiny_imagenet(folder)
     monkeypatch.setattr(utils, "download_and_extract_archive", download)
-    read, decoded = common.picture_array, []
+    read = common.picture_array
+    decoded = []
     monkeypatch.setattr(common, "picture_array", lambda *args: decoded.append(1) or read(*args))
     with ThreadPoolExecutor(3) as pool:
         data, *others = pool.map(lambda _: common.load_data("tiny-imagenet", folder.parent), range(3))
@@ -530,9 +540,11 @@ def test_kd_loss_and_its_gradient_match_the_float64_formula(temperature):
 
 
 def test_student_loss_is_the_weighted_sum_and_one_hot_loss_its_first_term():
-    rng, args = torch.Generator().manual_seed(0), Namespace(temperature=3.0)
+    rng = torch.Generator().manual_seed(0)
+    args = Namespace(temperature=3.0)
     logits, teacher = torch.randn(2, 5, 10, generator=rng)
-    labels, model = torch.arange(5), torch.nn.Identity()
+    labels = torch.arange(5)
+    model = torch.nn.Identity()
     ce = -torch.log_softmax(logits.double(), 1)[torch.arange(5), labels].mean()
     kd = common.kd_loss(logits.double(), teacher.double(), 3.0)
     for ce_weight, kd_weight in ((0.2, 0.7), (torch.tensor(1.0), torch.tensor(0.0))):
@@ -559,7 +571,8 @@ def schedule(*flags):
 
 
 def test_learning_rates_of_the_recipes():
-    args, per_epoch = schedule(), 48
+    args = schedule()
+    per_epoch = 48
 
     def rate(epoch):
         return common.learning_rate(round(epoch * per_epoch), args, per_epoch)
@@ -690,7 +703,9 @@ def actions_of(module):
 @pytest.fixture(params=SCRIPTS)
 def script(request, tiny_runs, tmp_path, monkeypatch):
     """A script that stops with `Reached` instead of working long; in the working folder a few good and odd files."""
-    name, folder, patch = request.param, tmp_path, monkeypatch
+    name = request.param
+    folder = tmp_path
+    patch = monkeypatch
     copy_run(tiny_runs / "runs" / "teacher-s0", folder / "run")
     copy_run(tiny_runs / "runs" / "kd-s0", folder / "kd")
     write_arrays(folder / "good.npz")
@@ -707,7 +722,8 @@ def script(request, tiny_runs, tmp_path, monkeypatch):
     for module in ("engine", "deviation", name):
         for function in HEAVY.get(module, ()):
             patch.setattr(importlib.import_module(module), function, reached)
-    build, digits = common.build_model, common.DATASETS["digits"]
+    build = common.build_model
+    digits = common.DATASETS["digits"]
 
     def build_small(arch, classes, image, width=1.0, *seed):
         return build(arch, classes, image, width if arch.startswith("torchvision:") else min(width, 0.25), *seed)
@@ -745,7 +761,8 @@ def restore(folder, before, may_have_changed):
 
 
 def test_fuzz_every_flag_takes_its_kind_of_value_alone(script, tmp_path):
-    draw, required = random.Random(script.__name__), REQUIRED.get(script.__name__, [])
+    draw = random.Random(script.__name__)
+    required = REQUIRED.get(script.__name__, [])
     before = files_but_locks(tmp_path)
     for action in actions_of(script):
         flag = action.option_strings[0]
@@ -802,7 +819,8 @@ def test_fuzz_flags_that_meet_end_in_work_or_one_line(script, tmp_path):
 
 def test_places_that_cannot_be_written_are_one_line_before_the_work(script, tmp_path):
     """/dev/null and /proc refuse even an administrator."""
-    before, required = files_but_locks(tmp_path), REQUIRED.get(script.__name__, [])
+    before = files_but_locks(tmp_path)
+    required = REQUIRED.get(script.__name__, [])
     flags = {action.option_strings[0] for action in actions_of(script)} & {"--out", "--results"}
     for flag, place in itertools.product(flags, ("/dev/null/x", "/proc/x", "file/x")):
         assert place in refused(script, *required, f"{flag}={place}")
@@ -845,7 +863,9 @@ def test_fuzz_datasets_of_other_shapes_and_types_are_refused_or_trained_on(tmp_p
 
 
 def test_fuzz_damaged_pictures_are_refused_or_loaded(tmp_path):
-    draw, good, root = np.random.default_rng(0), {}, tmp_path / "images"
+    draw = np.random.default_rng(0)
+    good = {}
+    root = tmp_path / "images"
     for part, name, ending in itertools.product(("train", "val"), ("a", "b"), ("png", "jpg", "bmp")):
         file = root / part / name / f"1.{ending}"
         file.parent.mkdir(parents=True, exist_ok=True)

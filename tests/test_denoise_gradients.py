@@ -34,7 +34,9 @@ def setup(n=24, classes=10, width=0.25):
 
 def test_per_example_gradients_of_a_linear_softmax_model_by_hand():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
-    images, target, T = torch.randn(5, 1, 2, 2), torch.softmax(torch.randn(5, 3), 1), 2.5
+    images = torch.randn(5, 1, 2, 2)
+    target = torch.softmax(torch.randn(5, 3), 1)
+    T = 2.5
     weight, bias = denoise_gradients.per_example_gradients(model, images, target, T)
     error = T * (torch.softmax(model(images) / T, 1) - target).detach()  # d/dz of T²·CE(q, softmax(z/T))
     torch.testing.assert_close(weight.view(5, 3, 4), error[:, :, None] * images.view(5, 1, 4))
@@ -47,7 +49,8 @@ def test_stream_equals_one_example_at_a_time():
     for k in range(24):
         loss = common.soft_loss(model(images[k : k + 1]), targets[k : k + 1], 3.0).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    plain, weights = torch.stack(rows), torch.rand(3, 24)
+    plain = torch.stack(rows)
+    weights = torch.rand(3, 24)
     found = denoise_gradients.stream(model, images, targets, 3.0, weights, chunk=7)
     wanted = plain.mean(0), plain.square().sum(1), plain @ plain.mean(0), weights @ plain
     for ours, theirs in zip(found, wanted, strict=True):
@@ -59,7 +62,9 @@ def test_stream_equals_one_example_at_a_time():
 
 def test_noise_scale_is_unbiased_and_agrees_with_brute_force():
     random = np.random.default_rng(0)
-    mean, sigma, n = np.array([1.0, 0, 0, 0]), np.array([2.0, 1, 1, 0.5]), 8
+    mean = np.array([1.0, 0, 0, 0])
+    sigma = np.array([2.0, 1, 1, 0.5])
+    n = 8
     g = mean + sigma * random.normal(size=(20000, n, 4))
     square_of_mean = (g.mean(1) ** 2).sum(-1)
     pairs = zip((g**2).sum(-1).mean(1), square_of_mean, strict=True)
@@ -73,7 +78,8 @@ def test_noise_scale_is_unbiased_and_agrees_with_brute_force():
         return np.mean([(points[random.integers(4000, size=size)].mean(0) ** 2).sum() for _ in range(20000)])
 
     small, big = square_of_batch_mean(2), square_of_batch_mean(32)
-    brute_trace, brute_signal = (small - big) / (1 / 2 - 1 / 32), (32 * big - 2 * small) / 30
+    brute_trace = (small - big) / (1 / 2 - 1 / 32)
+    brute_signal = (32 * big - 2 * small) / 30
     scale = denoise_gradients.noise_scale((points**2).sum(1).mean(), (points.mean(0) ** 2).sum(), 4000)[2]
     assert scale == pytest.approx(brute_trace / brute_signal, rel=0.05)
     assert denoise_gradients.noise_scale(5.0, 0.0, 10)[2] == denoise_gradients.UNRESOLVED * 10
@@ -94,7 +100,8 @@ def test_measure_against_the_whole_gradient_matrix():
     points = Points(images, held_out, quarter, weights)
     result = denoise_gradients.measure(model, points, {"kd": (targets, 2.0)})["kd"]
     g = torch.cat(denoise_gradients.per_example_gradients(model, images, targets, 2.0), 1).double()
-    G, spread = g.mean(0), (g - g.mean(0)).square().sum(1)
+    G = g.mean(0)
+    spread = (g - g.mean(0)).square().sum(1)
     assert result["trace"] == pytest.approx(float(spread.sum() / 39), rel=1e-3)
     assert result["noise_scale"] == pytest.approx(result["trace"] / float(G @ G - spread.sum() / 39 / 40), rel=1e-2)
     share = result["deviation"] / result["deviation"].sum()
@@ -106,7 +113,8 @@ def test_measure_against_the_whole_gradient_matrix():
     steps = F.normalize(weights @ g.float(), dim=1)
     assert result["first_order"] == pytest.approx(float((steps @ h / h.norm()).mean()), abs=1e-4)
     # which is what a short step really gives
-    start, labels = model(held_out[0]), held_out[1].argmax(1)
+    start = model(held_out[0])
+    labels = held_out[1].argmax(1)
     torch.nn.utils.vector_to_parameters(
         torch.nn.utils.parameters_to_vector(model.parameters()) - 1e-2 * steps[0], model.parameters()
     )
@@ -157,7 +165,8 @@ def test_link_is_a_rank_correlation_with_the_confidence_taken_out():
     assert falling["plain"] == pytest.approx(-1)
     random = np.random.default_rng(0)
     x = random.normal(size=4000)
-    gap, reduction = x + random.normal(size=4000), -x + random.normal(size=4000)  # linked by x alone
+    gap = x + random.normal(size=4000)
+    reduction = -x + random.normal(size=4000)  # linked to the gap by x alone
     found = denoise_gradients.link(dict(x=x, gap=gap, reductions=dict(shared=reduction)))
     assert found["plain"] < -0.4 and abs(found["given_x"]) < 0.05
 
@@ -222,7 +231,8 @@ def test_points_and_reductions_are_those_of_the_runs(finished):
 
 
 def test_the_hardest_quarter_has_the_lowest_confidence():
-    data, x = common.load_data("digits", subset=40), np.random.default_rng(0).normal(size=40)
+    data = common.load_data("digits", subset=40)
+    x = np.random.default_rng(0).normal(size=40)
     args = SimpleNamespace(batch_size=8, batches=2, held_out=10)
     points = denoise_gradients.points_of(args, 0, data, torch.arange(40), x)
     parts = [x[points.quarter == k] for k in range(4)]

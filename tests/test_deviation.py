@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 def random_points(n=400, classes=6, seed=0, spread=2.0):
     rng = np.random.default_rng(seed)
-    teacher, labels = rng.normal(0, spread, (n, classes)), rng.integers(0, classes, n)
+    teacher = rng.normal(0, spread, (n, classes))
+    labels = rng.integers(0, classes, n)
     networks = dict(student=teacher + rng.normal(0, 1, teacher.shape), control=rng.normal(0, spread, (n, classes)))
     return dict(teacher=teacher, labels=labels, networks=networks)
 
@@ -67,7 +68,8 @@ def test_weighted_bootstrap_equals_a_plain_bootstrap():
     point = random_points(200)
     point["teacher"] = point["teacher"] + 1e5  # a common offset changes no probability and must cost no digits
     got = deviation.replicates(point, 130)  # more than one chunk of draws
-    classes, rng = point["teacher"].argmax(1), np.random.default_rng(0)
+    classes = point["teacher"].argmax(1)
+    rng = np.random.default_rng(0)
     x, y = (deviation.phi_of_class(z, classes) for z in (point["teacher"], point["networks"]["student"]))
     low, high = quarters(x)
     for b in range(1, 131):
@@ -145,7 +147,9 @@ def test_the_kept_counts_of_figure_1a_are_rows_of_y_over_x(tmp_path):
 
 
 def test_fuzz_logits_of_other_shapes_and_types_are_refused_or_measured(tiny_runs, tmp_path):
-    teacher, control, student = tiny_runs / "runs" / "teacher-s0", tiny_runs / "runs" / "onehot-s0", tmp_path / "kd"
+    teacher = tiny_runs / "runs" / "teacher-s0"
+    control = tiny_runs / "runs" / "onehot-s0"
+    student = tmp_path / "kd"
     shutil.copytree(tiny_runs / "runs" / "kd-s0", student)
     good = runs.read_npz(student / "logits.npz", runs.LOGITS)
     n, m = len(good["train_labels"]), len(good["test_labels"])

@@ -57,7 +57,8 @@ def test_student_progresses_less_in_whole_steps_of_gradient_descent(spectrum, ra
 def test_exaggeration_fails_where_gradient_descent_overshoots():
     rho = np.sqrt((np.sqrt(5) - 1) / 2)  # 1 − ηλ = −ρ solves (1 − ρ⁴)² = 1 − ρ²
     eigenvalues = np.array([1 + rho, 0.5])
-    student, teacher = (1 - (1 - eigenvalues) ** 4) ** 2, 1 - (1 - eigenvalues) ** 2
+    student = (1 - (1 - eigenvalues) ** 4) ** 2
+    teacher = 1 - (1 - eigenvalues) ** 2
     assert student[0] == pytest.approx(teacher[0], abs=1e-12) and student[1] > teacher[1] + 0.1
 
 
@@ -88,7 +89,8 @@ def gd_simulation(x, y, lr, steps):
 @pytest.mark.parametrize("n", [15, 60])  # 15 points in 20 dimensions: 5 directions without data
 def test_gradient_descent_matches_its_closed_form(rate, n):
     rng = np.random.default_rng(n)
-    x, y = rng.standard_normal((n, 20)) * np.geomspace(1, 1e-3, 20), rng.standard_normal((n, 3))
+    x = rng.standard_normal((n, 20)) * np.geomspace(1, 1e-3, 20)
+    y = rng.standard_normal((n, 3))
     eigenvalues, vectors = np.linalg.eigh(x.T @ x / n)
     lr = rate / eigenvalues[-1]
     shares = np.eye(20) - np.linalg.matrix_power(np.eye(20) - lr * x.T @ x / n, 400)
@@ -106,9 +108,11 @@ def test_gd_filter_keeps_tiny_eigenvalues():
 
 
 def test_risk_is_that_of_simulated_gradient_descent():
-    rng, shape = np.random.default_rng(0), (eigenspace.POINTS, eigenspace.DIRECTIONS)
+    rng = np.random.default_rng(0)
+    shape = (eigenspace.POINTS, eigenspace.DIRECTIONS)
     x = np.linalg.qr(rng.standard_normal(shape))[0] * np.sqrt(eigenspace.POINTS * eigenspace.POWER_LAW)
-    beta, shares = rng.standard_normal(shape[1]), eigenspace.gd_filter(eigenspace.POWER_LAW, 60, 0.5)
+    beta = rng.standard_normal(shape[1])
+    shares = eigenspace.gd_filter(eigenspace.POWER_LAW, 60, 0.5)
     for noise in eigenspace.NOISES:
         y = (x @ beta)[:, None] + noise * rng.standard_normal((len(x), 200))
         teacher = gd_simulation(x, y, 0.5, 60)
@@ -148,7 +152,9 @@ def test_at_top_takes_the_first_crossing():
 
 
 def test_compare_is_one_for_the_same_path_and_right_for_the_linear_theory():
-    times, eigenvalues, logits = np.linspace(0, 4, 4000)[:, None], np.array([1.0, 0.3, 0.1]), np.zeros((4000, 4, 2))
+    times = np.linspace(0, 4, 4000)[:, None]
+    eigenvalues = np.array([1.0, 0.3, 0.1])
+    logits = np.zeros((4000, 4, 2))
     teacher = eigenspace.flow_filter(eigenvalues, times)
     student = teacher * teacher[-1]
     same = eigenspace.compare(teacher, logits, teacher, logits)
@@ -198,7 +204,8 @@ def test_low_minus_high_of_a_student_by_hand():
 
 
 def test_networks_that_share_no_level_have_no_measure():
-    teacher, still = on_the_way(np.linspace(0, 1, 5), np.arange(8.0)), on_the_way(np.zeros(5), np.arange(8.0))
+    teacher = on_the_way(np.linspace(0, 1, 5), np.arange(8.0))
+    still = on_the_way(np.zeros(5), np.arange(8.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = eigenspace.compare(*still, *teacher)
@@ -210,7 +217,8 @@ def test_networks_that_share_no_level_have_no_measure():
 def test_first_layer_inputs_reproduce_the_layer():
     torch.manual_seed(0)
     images = torch.randn(5, 3, 8, 8)
-    conv, linear = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Linear(192, 4)
+    conv = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+    linear = nn.Linear(192, 4)
     expected = conv(images).flatten(2).transpose(1, 2).flatten(0, 1), linear(images.flatten(1))
     for layer, outputs in zip((conv, linear), expected, strict=True):
         rows = eigenspace.first_layer_inputs(layer, images)
@@ -254,8 +262,10 @@ RECIPE = dict(lr=0.1, steps=0, batch_size=0)
 
 
 def test_descend_is_plain_gradient_descent():
-    images, labels = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
-    targets, by_hand = F.one_hot(labels, 3).float(), random_linear(0)
+    images = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) % 3
+    targets = F.one_hot(labels, 3).float()
+    by_hand = random_linear(0)
     seen = eigenspace.descend(random_linear(0), images, targets, RECIPE | dict(steps=25), "key", weight_of)
     steps = eigenspace.observed_steps(25)
     assert len(seen) == len(steps) and steps[:10] == list(range(10)) and steps[-1] == 25
@@ -271,7 +281,8 @@ def test_descend_is_plain_gradient_descent():
 
 
 def test_self_distillation_by_hand():
-    images, labels = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    images = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3
     recipe = RECIPE | dict(steps=8, batch_size=10)
     weights, logits, fit = eigenspace.self_distil(random_linear, images, labels, 3, 0, recipe)
     last = torch.tensor(logits["teacher"][-1])
@@ -279,7 +290,8 @@ def test_self_distillation_by_hand():
 
     # Each network's first step is one on its own loss, from the same start on the same batch, all at T = 1.
     order = torch.randperm(40, generator=common.generator("eigenspace order", ("teacher", 0), 0))[:10]
-    model, alpha = random_linear(("teacher", 0)), common.matched_smoothing(last, 1.0)
+    model = random_linear(("teacher", 0))
+    alpha = common.matched_smoothing(last, 1.0)
     losses = dict(
         teacher=F.cross_entropy(model(images[order]), labels[order]),
         student=common.kd_loss(model(images[order]), last[order], 1.0),
@@ -295,7 +307,8 @@ def test_self_distillation_by_hand():
 
 
 def test_the_control_is_as_soft_as_the_teacher():
-    logits, labels = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 4
+    logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(50) % 4
     control = common.smoothed(labels, 4, common.matched_smoothing(logits, 1.0))
     both = F.softmax(logits, 1).double(), control.double()
     entropies = [torch.special.entr(targets).sum(1).mean().item() for targets in both]
@@ -306,7 +319,8 @@ def test_the_control_is_as_soft_as_the_teacher():
 
 
 def seed_result(ratio, gap, control_ratio, control_gap):
-    student, control = dict(ratio=ratio, gap=gap, low=gap, high=0.0), dict(ratio=control_ratio, gap=control_gap)
+    student = dict(ratio=ratio, gap=gap, low=gap, high=0.0)
+    control = dict(ratio=control_ratio, gap=control_gap)
     return dict(student=student, smoothed=control, train_accuracy=0.9)
 
 
@@ -345,7 +359,9 @@ def test_eigenspace_runs_keeps_its_seeds_and_refuses_other_settings(tmp_path):
 
 
 def test_seeds_on_their_own_are_those_of_one_command_and_drawn_once(tmp_path):
-    flags, whole, parts = [*TINY, "--archs", "linear", "--seeds"], tmp_path / "whole", tmp_path / "parts"
+    flags = [*TINY, "--archs", "linear", "--seeds"]
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     finished(eigenspace, *flags, 0, 1, "--out", whole)
     for seed in (0, 1):
         finished(eigenspace, *flags, seed, "--out", parts, "--train-only")

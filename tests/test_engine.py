@@ -121,7 +121,8 @@ def test_a_share_of_the_epochs_is_evaluated_evenly_the_first_and_the_last_among_
 
 def test_a_teacher_is_loaded_as_it_was_at_its_end_or_before_a_step_that_was_kept(whole, tmp_path):
     source, weights, _ = whole
-    run, data = tmp_path / "t", common.load_data("digits", subset=300)
+    run = tmp_path / "t"
+    data = common.load_data("digits", subset=300)
     shutil.copytree(source, run)
     for step, kept in ((None, weights), (16, weights), (8, None), (9, None)):
         teacher = engine.load_teacher(run, data, step)
@@ -168,10 +169,12 @@ def small_teacher(data, precision="fp32", epochs=200):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_table_holds_the_logits_of_the_live_teacher_for_every_view(precision, data):
-    live, cached = small_teacher(data, precision, 0), small_teacher(data, precision)
+    live = small_teacher(data, precision, 0)
+    cached = small_teacher(data, precision)
     for teacher in (live, cached):
         teacher.ready()
-    table, index = cached.table, torch.arange(len(data.y_train))
+    table = cached.table
+    index = torch.arange(len(data.y_train))
     assert live.table is None and table.shape[:2] == (len(index), data.n_views)
     for view in range(data.n_views):
         views = torch.full_like(index, view)
@@ -212,7 +215,8 @@ def student_step(data, teacher, loss_fn=common.student_loss, lr=0.01, fast=False
 
 def taken_steps(data, fast=False, captured=False, wrap=lambda take_step: take_step):
     """Weights and sums after 20 steps of 20 epochs, with distillation in steps 7 to 13; `wrap` is of `FakeGraphs`."""
-    teacher, lr = small_teacher(data), torch.tensor(0.01, device=data.device) if captured else 0.01
+    teacher = small_teacher(data)
+    lr = torch.tensor(0.01, device=data.device) if captured else 0.01
     teacher.ready()
     model, optimizer, sums, take_step = student_step(data, teacher, lr=lr, fast=fast)
     if captured:
@@ -237,7 +241,8 @@ def test_compiled_runs_end_close_to_eager_ones_and_compile_once(tiny_runs, tmp_p
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="inductor" if SOAK else "aot_eager"))
-    graphs, folder = [], tiny_runs / "runs"
+    graphs = []
+    folder = tiny_runs / "runs"
     for seed in (0, 1):
         flags = ["--fast", "--teacher", folder / f"teacher-s{seed}", "--seed", seed, "--out", tmp_path / f"kd-s{seed}"]
         finished(train_student, *TINY, *flags)
@@ -252,7 +257,8 @@ class FakeGraphs:
     """CUDA graphs on a CPU, as far as `captured_step` can tell: calls inside `graph` are kept, and made by replay."""
 
     def __init__(self, monkeypatch):
-        self.kept, self.used = None, []  # calls; streams of warm-up steps and captures
+        self.kept = None  # calls
+        self.used = []  # streams of warm-up steps and captures
         for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
@@ -326,7 +332,8 @@ def test_the_captured_step_never_waits_for_the_device(epochs, waiting, data, mon
 def test_cuda_graphs_equal_the_eager_step(tmp_path):
     write_arrays(tmp_path / "d.npz", n=90, side=12, classes=4)
     plain, data = (common.load_data(f"npz:{tmp_path / 'd.npz'}", device=device) for device in ("cpu", "cuda"))
-    index, view = torch.arange(90), torch.arange(90) % data.n_views
+    index = torch.arange(90)
+    view = torch.arange(90) % data.n_views
     torch.testing.assert_close(data.batch(index.cuda(), view.cuda()).cpu(), plain.batch(index, view))
     for fast in (False, True):
         check_close(taken_steps(data), taken_steps(data, fast=fast, captured=True), 1e-3, 0.05, hits=2)

@@ -72,7 +72,9 @@ def test_the_decoupled_loss_is_that_of_its_paper(tmp_path):
     spec = importlib.util.spec_from_file_location("forked", tmp_path / "forked.py")
     forked_common = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(forked_common)
-    rng, temperature, weight = np.random.default_rng(0), 2.0, 3.0
+    rng = np.random.default_rng(0)
+    temperature = 2.0
+    weight = 3.0
     student, teacher = rng.normal(0, 3, (2, 6, 5))
     labels = np.array([0, 1, 2, 3, 4, 4])
 

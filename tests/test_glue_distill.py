@@ -116,7 +116,8 @@ def test_glue_files_are_read_with_their_quirks(task, tmp_path):
     data = glue_distill.load_task(task, tmp_path)
     shutil.copytree(folder, tmp_path / "below" / "glue" / folder.name)  # where GLUE's folders have one of their own
     assert glue_distill.load_task(task, tmp_path / "below").facts == data.facts
-    train, labels = data.splits["train"], GLUE_ROWS[task][2]
+    train = data.splits["train"]
+    labels = GLUE_ROWS[task][2]
     text = ('he said " no 5\x0c twice\r or', 'she replied 5 ""')
     assert len(train.texts) == 24 and train.texts[5] == (text[:1] if task in ("cola", "sst-2") else text)
     assert train.labels.tolist() == [k % len(labels) for k in range(24)] and data.facts["class_names"] == labels
@@ -348,7 +349,9 @@ def test_text_runs_hold_what_was_trained_and_teach_from_their_stored_logits(text
         assert rates == pytest.approx([6 / 9.4, 1 / 9.4])
     assert len(list((texts / "runs").iterdir())) == 10
     data = glue_distill.load_task("sentiment", subset=160)
-    model, train, run = small_model(data), data.splits["train"], run_of("1x16-teacher", 0, texts)
+    model = small_model(data)
+    train = data.splits["train"]
+    run = run_of("1x16-teacher", 0, texts)
     network = glue_distill.build_classifier(model, ("teacher", 0))
     network.load_state_dict(weights_of(run))
     arrays = runs.read_npz(run / "logits.npz", runs.LOGITS)
@@ -430,7 +433,8 @@ def test_an_interrupted_text_run_ends_in_the_same_weights(kind, at, lost, uninte
     monkeypatch.chdir(tmp_path)
     shutil.copytree(uninterrupted / "roberta", "roberta")
     monkeypatch.setattr(engine, "SAVE_SECONDS", 0 if at == 29 else math.inf)
-    real, calls = torch.nn.utils.clip_grad_norm_, []
+    real = torch.nn.utils.clip_grad_norm_
+    calls = []
 
     def interrupt(*args):
         calls.append(1)
@@ -471,9 +475,11 @@ def test_a_saved_pretrained_model_is_distilled(family, tmp_path, monkeypatch):
     pairs = zip(first, first[1:] + first[:1], reviews.labels, strict=True)
     Path("pairs.csv").write_text("text,text2,label\n" + "".join(f'"{a}","{b}",{y}\n' for a, b, y in pairs))
     data = glue_distill.load_task("csv:pairs.csv")
-    model, columns = small_model(data, family), data.splits["train"].columns()
+    model = small_model(data, family)
+    columns = data.splits["train"].columns()
     networks = [glue_distill.build_classifier(model, (role, 0)) for role in ("teacher", "student", "student")]
-    weights, original = [network.state_dict() for network in networks], saved.state_dict()
+    weights = [network.state_dict() for network in networks]
+    original = saved.state_dict()
     starts = (f"{family}.embeddings.w", f"{family}.encoder.")
     shared = [key for key in original if key.startswith(starts)]
     assert len(shared) > 10 and all(torch.equal(w[key], original[key]) for w in weights for key in shared)
@@ -537,7 +543,8 @@ def test_mnli_reports_both_dev_sets_and_cola_its_correlation(tmp_path, monkeypat
 
 def test_the_claim_of_cola_is_kd_minus_one_hot(tmp_path):
     write_glue(tmp_path, "cola", 30)
-    data, folders = glue_distill.load_task("cola", tmp_path), {}
+    data = glue_distill.load_task("cola", tmp_path)
+    folders = {}
     labels = data.splits["test"].labels
     for name, right in (("teacher", 30), ("1x8 onehot", 20), ("1x8 kd", 29)):
         folders[name] = tmp_path / name
@@ -553,7 +560,8 @@ def test_a_text_network_learns_the_labels_and_teacher_logits_of_its_own_texts(tm
     monkeypatch.chdir(tmp_path)
     args = glue_distill.parse("--subset 160 --epochs 1 --lr 1e-30 --max-length 32 --quiet --device cpu".split())
     data = glue_distill.load_task("sentiment", subset=160)
-    model, taught = glue_distill.prepare("1x16", data, args), np.random.default_rng(0).normal(0, 3, (160, 2))
+    model = glue_distill.prepare("1x16", data, args)
+    taught = np.random.default_rng(0).normal(0, 3, (160, 2))
     logits = glue_distill.logits_of(glue_distill.build_classifier(model, ("student", 0)), model.tokens["train"])
     one_hot = F.cross_entropy(logits, torch.from_numpy(data.splits["train"].labels))
     distilled = common.kd_loss(logits, torch.from_numpy(taught), 2.0)
@@ -653,7 +661,8 @@ def test_csv_files_of_any_content_are_refused_or_whole(tmp_path_factory, header,
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_damaged_saved_model_is_refused_or_read(name, tmp_path):
     save_pretrained(tmp_path / "model", "roberta")
-    data, file = glue_distill.load_task("sentiment", subset=40), tmp_path / "model" / name
+    data = glue_distill.load_task("sentiment", subset=40)
+    file = tmp_path / "model" / name
     data.splits["test"] = data.splits["test"].take(np.arange(20))
     good = file.read_bytes()
 

@@ -26,7 +26,8 @@ def plain(picture):
 @pytest.fixture(scope="module")
 def user(tmp_path_factory):
     """A folder with pictures of 48×40 pixels and a teacher in weights.pth, which plain PyTorch has trained on them."""
-    folder, rng = tmp_path_factory.mktemp("user"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("user")
+    rng = np.random.default_rng(0)
     pictures = dict(train=[], val=[])
     for split, count in (("train", 24), ("val", 8)):
         for label, name in enumerate(("dark", "light")):

@@ -63,7 +63,11 @@ class Page(HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.source, self.open, self.tags, self.text, self.rows = source, [], [], "", []
+        self.source = source
+        self.open = []
+        self.tags = []
+        self.text = ""
+        self.rows = []
         self.feed(source)
         assert not self.open
 

@@ -120,11 +120,9 @@ def test_an_interruption_while_libraries_are_imported_leaves_one_line(tmp_path):
 
 def test_numbers_outside_their_limits_are_refused():
     assert runs.number(int, 0)(str(2**63 - 1)) == 2**63 - 1 and runs.number(float, 0, 1)("1") == 1.0
-    share, count, above = (
-        runs.number(float, 0, 1, open_high=True),
-        runs.number(int, 1),
-        runs.number(float, 0, open_low=True),
-    )
+    share = runs.number(float, 0, 1, open_high=True)
+    count = runs.number(int, 1)
+    above = runs.number(float, 0, open_low=True)
     for parse, texts in ((share, "nan inf -1 1.1 1"), (count, f"0 1.5 {2**63}"), (above, "0 inf")):
         for text in texts.split():
             with pytest.raises((ValueError, runs.argparse.ArgumentTypeError)):
@@ -176,7 +174,9 @@ def test_arrays_come_back_as_they_were_written(tmp_path):
 
 
 def test_a_kept_result_is_computed_once_and_for_the_same_settings_alone(tmp_path):
-    path, result, calls = tmp_path / "seeds" / "x-s0.json", dict(a=[math.nan, 1.25], b="c"), []
+    path = tmp_path / "seeds" / "x-s0.json"
+    result = dict(a=[math.nan, 1.25], b="c")
+    calls = []
 
     def compute():
         calls.append(1)
@@ -328,7 +328,8 @@ def reader_of(kind, tiny_runs, folder):
 @pytest.mark.parametrize("kind", ["dataset", "checkpoint", "logits", "npy", "pt", "safetensors"])
 def test_fuzz_a_damaged_file_is_refused_or_read(kind, tiny_runs, tmp_path):
     file, read = reader_of(kind, tiny_runs, tmp_path)
-    good, expected = file.read_bytes(), read()
+    good = file.read_bytes()
+    expected = read()
 
     def check(content):
         file.write_bytes(content)
@@ -363,7 +364,8 @@ REPLACED = (
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
 def test_fuzz_a_damaged_config_or_metrics_is_refused_or_read(name, tiny_runs, tmp_path):
-    run, data = tmp_path / "run", common.load_data("digits", subset=300)
+    run = tmp_path / "run"
+    data = common.load_data("digits", subset=300)
     copy_run(tiny_runs / "runs" / "teacher-s0", run)
     good = (run / name).read_bytes()
     others = [*ODD_TEXTS, good * 2, *(good.replace(*pair) for pair in REPLACED)]
@@ -407,7 +409,8 @@ def files_in(run):
 
 @pytest.mark.parametrize("name", ["teacher", "kd", "onehot"])
 def test_a_run_folder_holds_what_was_trained(name, tiny_runs):
-    run, data = tiny_runs / "runs" / f"{name}-s0", common.load_data("digits", subset=300)
+    run = tiny_runs / "runs" / f"{name}-s0"
+    data = common.load_data("digits", subset=300)
     assert files_in(run) == RUN
     config = runs.read_config(run)
     assert config["flags"]["epochs"] == 2 and config["data"]["flipped"] > 0
@@ -440,7 +443,8 @@ def other_loss(model, images, labels, teacher_logits, ce_weight, kd_weight, args
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_runs, monkeypatch):
     monkeypatch.chdir(tiny_runs)
-    run, command = Path("runs/teacher-s0"), [*LOUD, "--seed", 0, "--out", "runs/teacher-s0"]
+    run = Path("runs/teacher-s0")
+    command = [*LOUD, "--seed", 0, "--out", "runs/teacher-s0"]
     before = hashes(run)
     assert "is finished already" in finished(train_teacher, *command)
     assert not finished(train_teacher, *command, "--quiet")
@@ -536,19 +540,22 @@ def test_overwrite_starts_one_folder_afresh_and_removes_only_the_files_of_runs(t
 
 def test_overwrite_refuses_a_run_of_another_role(tiny_runs, tmp_path):
     copy_run(tiny_runs / "runs" / "teacher-s1", tmp_path / "t")
-    before, teacher = hashes(tmp_path / "t"), tiny_runs / "runs" / "teacher-s0"
+    before = hashes(tmp_path / "t")
+    teacher = tiny_runs / "runs" / "teacher-s0"
     line = refused(train_student, *TINY, "--teacher", teacher, "--out", tmp_path / "t", "--overwrite")
     assert "would discard" in line and "holds a teacher" in line and "--out" in line
     assert hashes(tmp_path / "t") == before
     copy_run(tiny_runs / "runs" / "kd-s0", tmp_path / "kd")  # a student may teach, but not what takes its place
-    before, taught = hashes(tmp_path / "kd"), ["--teacher", tmp_path / "kd", "--out", tmp_path / "kd"]
+    before = hashes(tmp_path / "kd")
+    taught = ["--teacher", tmp_path / "kd", "--out", tmp_path / "kd"]
     assert "would discard" in refused(train_student, *TINY, *taught, "--overwrite")
     assert hashes(tmp_path / "kd") == before
 
 
 def test_a_run_that_is_being_discarded_is_not_finished_at_any_moment(tiny_runs, tmp_path, monkeypatch):
     copy_run(tiny_runs / "runs" / "teacher-s0", tmp_path / "t")
-    unlink, command = Path.unlink, [*TINY, "--lr", 0.2, "--out", tmp_path / "t"]
+    unlink = Path.unlink
+    command = [*TINY, "--lr", 0.2, "--out", tmp_path / "t"]
 
     def stop_after(path, **more):
         unlink(path, **more)

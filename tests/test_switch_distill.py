@@ -51,7 +51,8 @@ def here(tmp_path, monkeypatch):
 
 def crash_in_every_branch(flags, monkeypatch):
     """Train as `flags` say, but with a crash in each branch once, and the same command again after it."""
-    real, crashed = engine.train_student, []
+    real = engine.train_student
+    crashed = []
 
     def train_student(run, *args, weights_at=None, **more):
         def crashing(step):
@@ -138,7 +139,8 @@ def test_teachers_from_elsewhere_serve_the_whole_figure(splits, here):
 
 def test_seeds_are_trained_one_by_one_and_drawn_together(tmp_path):
     """As the workflow does: --train-only draws nothing, and the call that draws trains nothing."""
-    folder, results = tmp_path / "runs", tmp_path / "results" / "fig1b"
+    folder = tmp_path / "runs"
+    results = tmp_path / "results" / "fig1b"
     for seed in (0, 1):
         ok(run_cli("switch_distill.py", *SWITCH, "--seeds", seed, "--train-only", cwd=tmp_path))
         assert len(list(folder.glob("digits-*"))) == (seed + 1) * (3 + 4)
@@ -197,7 +199,8 @@ def test_recovered_share_of_known_accuracies():
     ],
 )
 def test_switch_claims_follow_the_recovered_share(onehot2kd, kd2onehot, kd, verdicts):
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     below = {
         "student": dict(low_below=dict(value=0.7, low=0.6, high=0.8)),
         "control": dict(low_below=dict(value=0.4, low=0.3, high=0.5)),
@@ -230,7 +233,8 @@ def test_bad_switches_get_one_line_and_discard_nothing(tiny_runs, here):
     for name in ("teacher", "kd", "onehot"):
         shutil.copytree(tiny_runs / "runs" / f"{name}-s0", f"x-{name}-s0")
     write_arrays("other.npz", side=8, channels=1)
-    before, over = {run: hashes(run) for run in here.glob("x-*")}, [*TINY, "--overwrite", "--out", "x"]
+    before = {run: hashes(run) for run in here.glob("x-*")}
+    over = [*TINY, "--overwrite", "--out", "x"]
     teacher = ["--teacher", tiny_runs / "runs" / "teacher-s0"]
     assert "--kd-weight: 0 is outside" in refused(switch_distill, *over, "--kd-weight", 0)
     assert "not a run folder" in input_error(switch_distill, *over, "--teacher", "absent")
@@ -244,9 +248,11 @@ def test_bad_switches_get_one_line_and_discard_nothing(tiny_runs, here):
 @pytest.mark.parametrize("module", [switch_distill, when_it_pays, denoise_gradients, train_student])
 def test_all_run_folders_are_compared_before_the_first_training(module, tiny_runs, here):
     shutil.copytree(tiny_runs / "runs" / "onehot-s1", "x-onehot-s1")
-    out, flags = "x", []
+    out = "x"
+    flags = []
     if module is train_student:
-        out, flags = "x-onehot-s{seed}", ["--kd-weight", 0, "--ce-weight", 1]
+        out = "x-onehot-s{seed}"
+        flags = ["--kd-weight", 0, "--ce-weight", 1]
     line = refused(module, *TINY, *flags, "--seeds", 0, 1, "--out", out, "--epochs", 3)
     assert "x-onehot-s1 holds a run with other settings (flags.epochs: 2 there, 3 now" in line
     assert [path.name for path in here.glob("x*")] == ["x-onehot-s1"]

@@ -45,7 +45,9 @@ def distil(file, *more, arch="resnet8"):
 
 
 def test_every_script_takes_a_run_folder_weights_and_logits(state, trained, monkeypatch):
-    taught, index, plain = [], torch.arange(300), torch.full((300,), 4)  # the view that is not shifted
+    taught = []
+    index = torch.arange(300)
+    plain = torch.full((300,), 4)  # the view that is not shifted
     expected = torch.from_numpy(runs.read_npz(trained / "t" / "logits.npz")["train_logits"])
 
     def train(run, args, seed, data, loss_fn, teacher=None, *rest, **more):
@@ -158,7 +160,8 @@ def test_flags_and_logits_of_a_teacher_that_do_not_fit_are_refused(state, traine
 
 
 def test_logits_of_plain_images_stand_for_every_view(state, trained, monkeypatch):
-    data, logits = common.load_data("digits", subset=300), torch.randn(300, 10)
+    data = common.load_data("digits", subset=300)
+    logits = torch.randn(300, 10)
     teacher = engine.TeacherLogits(None, data, plain=logits)
     index, view = torch.tensor([5, 2, 5]), torch.tensor([0, 4, 8])
     assert torch.equal(teacher(data.batch(index, view), index, view), logits[index])

@@ -74,7 +74,8 @@ def plain_run(role, weights, teacher=None):
     model = common.build_model("resnet8", 10, (8, 8, 1), 0.25, (role, 0))
     optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.8, weight_decay=0.01, nesterov=True)
     for epoch in range(2):
-        losses, hits = [], 0
+        losses = []
+        hits = 0
         order, views = common.epoch_stream(data, role, 0, epoch)
         for k, index in enumerate(order[:256].split(64)):
             images = []
@@ -82,7 +83,8 @@ def plain_run(role, weights, teacher=None):
                 dy, dx = divmod(int(views[one]), 3)
                 image = functional.pad(data.x_train[one].permute(2, 0, 1), [1] * 4)[:, dy : dy + 8, dx : dx + 8]
                 images.append(functional.normalize(image / 255, data.mean.tolist(), data.std.tolist()))
-            images, labels = torch.stack(images), data.y_train[index]
+            images = torch.stack(images)
+            labels = data.y_train[index]
             optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + np.cos(np.pi * (4 * epoch + k) / 8))
             logits = model(images)
             loss = weights[0] * F.cross_entropy(logits, labels)
@@ -150,7 +152,8 @@ def test_runs_are_reproducible_across_processes(tiny_runs, tmp_path):
 
 
 def test_test_accuracy_is_taken_in_the_runs_precision_and_at_the_end_in_full(tmp_path, monkeypatch):
-    logits_of, seen = engine.logits_of, []
+    logits_of = engine.logits_of
+    seen = []
 
     def recorded(model, data, images, **more):
         seen.append((len(images), more.get("precision", "fp32")))
@@ -220,10 +223,12 @@ def check_kills(script, flags, tmp_path):
     """A command that is killed at random moments, several times, and begun again ends as if it had not been."""
     whole = run_with_fault(script, flags, tmp_path / "whole")
     ok(whole)
-    draw, left = random.Random(f"{script} {len(flags)}"), 20 if SOAK else 4
+    draw = random.Random(f"{script} {len(flags)}")
+    left = 20 if SOAK else 4
     kinds = itertools.cycle(("half", "step", "full", "rename", "before", "after"))
     for chain in itertools.count():
-        folder, ended = tmp_path / f"killed {chain}", False
+        folder = tmp_path / f"killed {chain}"
+        ended = False
         while not ended:
             kind = next(kinds) if left else "none"
             most = whole.seen["steps" if kind == "step" else "writes"] // 3
@@ -258,7 +263,8 @@ def test_faults_a_command_killed_at_random_moments_ends_as_if_it_had_not_been(na
 
 
 def test_faults_a_full_disk_leaves_the_last_good_checkpoint(tiny_runs, tmp_path):
-    script, flags = "train_student.py", [*TINY, "--teacher", tiny_runs / "runs" / "teacher-s0", "--out", "runs/kd"]
+    script = "train_student.py"
+    flags = [*TINY, "--teacher", tiny_runs / "runs" / "teacher-s0", "--out", "runs/kd"]
     ok(run_with_fault(script, flags, tmp_path / "whole"))
     assert run_with_fault(script, flags, tmp_path / "cut", "step", 6).returncode == -signal.SIGKILL  # of 8
     checkpoint = tmp_path / "cut" / "runs" / "kd" / "checkpoint.pt"
