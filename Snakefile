@@ -118,11 +118,12 @@ def add_fig1a(name, teacher, control, seeds):
 def add_figure(folder, command, seeds, needed=(), file="claims.json"):
     """A figure whose script trains by itself, seed by seed, once the runs `needed` of the same seed are finished."""
     seeds = SEEDS or seeds.split()
+    files = data_files(command)
     trained = []
     for seed in seeds:
         trained.append(f"{folder}/.trained-s{seed}")
         training = f"{command} --seeds {seed} --train-only && date > {trained[-1]}"
-        JOBS[trained[-1]] = (training, data_files(command) + [mark(run, seed) for run in needed])
+        JOBS[trained[-1]] = (training, files + [mark(run, seed) for run in needed])
     JOBS[f"{folder}/{file}"] = (f"{command} --seeds {' '.join(seeds)}", trained)
 
 

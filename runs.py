@@ -618,7 +618,7 @@ def source_of(function):
 
 
 def _names_in(code):
-    """The global names that a code object uses, and those of the functions inside of it."""
+    """The names, of globals and attributes, in a code object and in the functions inside of it."""
     yield from code.co_names
     for inside in filter(inspect.iscode, code.co_consts):
         yield from _names_in(inside)

@@ -704,16 +704,14 @@ def actions_of(module):
 def script(request, tiny_runs, tmp_path, monkeypatch):
     """A script that stops with `Reached` instead of working long; in the working folder a few good and odd files."""
     name = request.param
-    folder = tmp_path
-    patch = monkeypatch
-    copy_run(tiny_runs / "runs" / "teacher-s0", folder / "run")
-    copy_run(tiny_runs / "runs" / "kd-s0", folder / "kd")
-    write_arrays(folder / "good.npz")
-    np.save(folder / "t.npy", np.random.default_rng(0).normal(size=(60, 4)))
-    (folder / "file").write_text("mine")
-    (folder / "loop").symlink_to("loop")
-    (folder / "empty").mkdir()
-    patch.chdir(folder)
+    copy_run(tiny_runs / "runs" / "teacher-s0", tmp_path / "run")
+    copy_run(tiny_runs / "runs" / "kd-s0", tmp_path / "kd")
+    write_arrays(tmp_path / "good.npz")
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).normal(size=(60, 4)))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     script = importlib.import_module(name)
 
     def reached(*args, **more):
@@ -721,22 +719,22 @@ def script(request, tiny_runs, tmp_path, monkeypatch):
 
     for module in ("engine", "deviation", name):
         for function in HEAVY.get(module, ()):
-            patch.setattr(importlib.import_module(module), function, reached)
+            monkeypatch.setattr(importlib.import_module(module), function, reached)
     build = common.build_model
     digits = common.DATASETS["digits"]
 
     def build_small(arch, classes, image, width=1.0, *seed):
         return build(arch, classes, image, width if arch.startswith("torchvision:") else min(width, 0.25), *seed)
 
-    patch.setattr(common, "build_model", build_small)
-    patch.setitem(common.DATASETS, "digits", digits._replace(load=functools.cache(digits.load)))
+    monkeypatch.setattr(common, "build_model", build_small)
+    monkeypatch.setitem(common.DATASETS, "digits", digits._replace(load=functools.cache(digits.load)))
     for data in ("cifar10", "cifar100", "tiny-imagenet"):
-        patch.setitem(common.DATASETS, data, common.DATASETS[data]._replace(load=reached))
+        monkeypatch.setitem(common.DATASETS, data, common.DATASETS[data]._replace(load=reached))
     if name == "glue_distill":
         sentiment = script.sentiment
         tokenizer = script.byte_level_bpe(sentiment(50, "train", 0).columns()[0], 400)
-        patch.setattr(script, "sentiment", lambda n, part, seed: sentiment(n // 40, part, seed))
-        patch.setattr(script, "byte_level_bpe", lambda texts, size: tokenizer)
+        monkeypatch.setattr(script, "sentiment", lambda n, part, seed: sentiment(n // 40, part, seed))
+        monkeypatch.setattr(script, "byte_level_bpe", lambda texts, size: tokenizer)
     return script
 
 

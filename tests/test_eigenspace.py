@@ -340,7 +340,8 @@ def test_claims_of_networks_and_of_all_of_them():
 
 
 def test_eigenspace_runs_keeps_its_seeds_and_refuses_other_settings(tmp_path):
-    out, flags = tmp_path / "out", [*TINY, "--out", tmp_path / "out"]
+    out = tmp_path / "out"
+    flags = [*TINY, "--out", out]
     ok(run_cli("eigenspace.py", *flags, cwd=tmp_path))
     table = json.loads((out / "claims.json").read_text())
     prefixes = {"linear", "digits, linear probe", "digits, CNN", "all networks", "§4 ↔ §3"}

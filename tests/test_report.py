@@ -264,7 +264,10 @@ def test_a_report_of_nothing_is_one_line(tmp_path, monkeypatch):
 
 def test_what_is_kept_is_what_readme_and_results_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results, kept, rng, points = Path("results"), Path("docs/results"), np.random.default_rng(0), {}
+    results = Path("results")
+    kept = Path("docs/results")
+    rng = np.random.default_rng(0)
+    points = {}
     for split in ("train", "test"):  # of a teacher that fits 80%
         teacher = rng.normal(size=(200, 3)) * 3
         labels = (teacher.argmax(1) + (np.arange(200) >= 160)) % 3
