@@ -6,6 +6,7 @@ The scripts share one folder in which they run in the order of README, each with
 """
 
 import html
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -161,9 +162,8 @@ def test_figure_1b(folder, switched):
     folder.check_figure("results/tiny/fig1b/fig1b_curves")
     folder.check_claims("results/tiny/fig1b", "KD")
     rows = folder.json("results/tiny/fig1b/switch.json")["rows"]
-    assert {(row["direction"], row["s"]) for row in rows} == {
-        (direction, s) for direction in ("onehot2kd", "kd2onehot") for s in (0, 0.5, 1)
-    }
+    drawn = itertools.product(("onehot2kd", "kd2onehot"), (0, 0.5, 1))
+    assert {(row["direction"], row["s"]) for row in rows} == set(drawn)
     assert "runs/tiny-kd-s0: test" not in switched  # the trunks are those of train_student.py, not trained again
     assert "runs/tiny-onehot2kd-0.5-s0: test" in switched
 

@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and one thread rounds alike everywhere
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: else an absent model is asked for over the network
-torch.set_num_threads(1)
+# Before torch and numpy: tests run side by side, and one thread rounds alike everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Before transformers: else an absent model is asked for over the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 for folder in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(folder))
 
+import torch  # noqa: E402
 from helpers import TINY, ok, run_cli  # noqa: E402
 
 

@@ -21,10 +21,18 @@ def names_of(tiny_runs):
     return {flag: [tiny_runs / "runs" / f"{run}-s{seed}" for seed in (0, 1)] for flag, run in folders.items()}
 
 
+def words_of(names):
+    """A command line of these {flag: run folders}."""
+    words = []
+    for flag, folders in names.items():
+        words += [flag, *folders]
+    return words
+
+
 def test_figure_1a_from_runs_and_from_files_agree(tiny_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = names_of(tiny_runs)
-    words = [word for flag in names for word in (flag, names[flag][0])]
+    words = words_of({flag: folders[:1] for flag, folders in names.items()})
     output = ok(run_cli("analyze_deviation.py", *words, "--bootstrap", 200, "--out", "one", cwd=tmp_path))
     expected = "claims.json claims.md deviation.json fig1a.json fig1a.pdf fig1a.png statistics.md"
     assert sorted(file.name for file in Path("one").iterdir()) == expected.split()
@@ -40,7 +48,7 @@ def test_figure_1a_from_runs_and_from_files_agree(tiny_runs, tmp_path, monkeypat
     one, from_files = (runs.read_json(f"{name}/deviation.json") for name in ("one", "files"))
     assert from_files["tables"] == {"test": one["tables"]["test"]}
 
-    words = [word for flag in names for word in (flag, *names[flag])]
+    words = words_of(names)
     finished(analyze_deviation, *words, "--bootstrap", 200, "--out", "two")
     two = runs.read_json("two/deviation.json")
     slope = two["tables"]["train"]["predicted"]["student"]["slope"]
@@ -142,7 +150,7 @@ def test_bad_run_folders_get_one_line(tiny_runs, tmp_path, monkeypatch):
     for words, message in cases:
         assert message in input_error(analyze_deviation, "--teacher", teacher, *words, "--out", "never")
     names["--control"].reverse()
-    words = [word for flag in names for word in (flag, *names[flag])]
+    words = words_of(names)
     assert "differ in seed" in input_error(analyze_deviation, *words, "--out", "never")
     assert not Path("never").exists()
 

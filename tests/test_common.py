@@ -450,7 +450,7 @@ def test_pictures_are_turned_as_their_tag_says(tmp_path):
 def test_pictures_that_cannot_be_used_are_named_together_before_any_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = write_pictures(Path("images"), counts=dict(train=4, val=9))
-    broken = [root / "val" / name / f"{k}.png" for name in ("cat", "dog") for k in range(1, 7)]
+    broken = [root / "val" / name / f"{k}.png" for name, k in itertools.product(("cat", "dog"), range(1, 7))]
     for path in broken:
         path.write_bytes(path.read_bytes()[:-200])
     command = [*TINY, "--subset", 0, "--data", "folder:images", "--out", "t"]
@@ -640,8 +640,9 @@ BAD_FLAGS = [
     (["--milestones", "1"], "--schedule step"),
     (["--image-size", "16"], "folder:PATH"),
     (["--out", "notes"], "not empty", "--out"),
-    *((["--data", name, "--data-dir", place], place) for name in ("cifar10", "tiny-imagenet") for place in NO_FOLDERS),
 ]
+for name, place in itertools.product(("cifar10", "tiny-imagenet"), NO_FOLDERS):
+    BAD_FLAGS.append((["--data", name, "--data-dir", place], place))
 
 
 def test_bad_flags_and_data_get_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """glue_distill.py: texts and tables, tokens, losses, runs, report, bad input."""
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -78,8 +79,8 @@ def test_embedded_reviews_have_the_documented_probabilities_and_labels_drawn_fro
         error = abs(split.labels[inside].mean() - plain[inside].mean())
         assert inside.sum() > 100 and error < 4 * np.sqrt(0.25 / inside.sum())
     assert split.texts == glue_distill.sentiment(4000, "train", 3).texts
-    drawn = [tuple(glue_distill.sentiment(50, part, seed).texts) for part in ("train", "test") for seed in (0, 1)]
-    assert len(set(drawn)) == 4
+    keys = itertools.product(("train", "test"), (0, 1))
+    assert len({tuple(glue_distill.sentiment(50, *key).texts) for key in keys}) == 4
 
 
 ENTAILMENT = ["entailment", "not_entailment"]
@@ -482,7 +483,8 @@ def test_a_saved_pretrained_model_is_distilled(family, tmp_path, monkeypatch):
     original = saved.state_dict()
     starts = (f"{family}.embeddings.w", f"{family}.encoder.")
     shared = [key for key in original if key.startswith(starts)]
-    assert len(shared) > 10 and all(torch.equal(w[key], original[key]) for w in weights for key in shared)
+    pairs = itertools.product(weights, shared)
+    assert len(shared) > 10 and all(torch.equal(state[key], original[key]) for state, key in pairs)
     head = next(key for key in weights[0] if key.startswith("classifier") and key.endswith("weight"))
     assert not torch.equal(weights[0][head], weights[1][head]) and torch.equal(weights[1][head], weights[2][head])
     inputs = model.tokens["train"].batch(torch.tensor([0, 3]))

@@ -135,7 +135,9 @@ def test_a_teacher_sees_images_as_plain_pytorch_shows_them(arch, flags, seen, si
 )
 def test_weights_that_do_not_fit_are_refused_in_one_line(file, more, words, state, tmp_path):
     write_arrays("few.npz", side=8, channels=1)
-    torch.save({prefix + name: value for prefix in ("a.", "b.") for name, value in state.items()}, "two.pth")
+    twice = {f"a.{name}": value for name, value in state.items()}
+    twice.update({f"b.{name}": value for name, value in state.items()})
+    torch.save(twice, "two.pth")
     torch.save(common.build_model("resnet8", 10, [8, 8, 1], seed=3).state_dict(), "random.pth")
     torch.save({name: value * float("nan") for name, value in state.items()}, "nan.pth")
     torch.save([1, 2], "list.pth")

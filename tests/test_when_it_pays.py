@@ -1,5 +1,7 @@
 """when_it_pays.py: teachers stopped on the way, their students, and what is measured of both."""
 
+import itertools
+
 import claims
 import runs
 import when_it_pays
@@ -22,8 +24,8 @@ def finished(tmp_path_factory):
 def test_students_learn_from_states_of_one_teacher_run(finished):
     folder, _ = finished
     found = sorted(run.name for run in (folder / "runs").iterdir())
-    names = [f"digits-resnet8-{name}-s{seed}" for name in ("kd", "kd-of-0.5", "onehot", "teacher") for seed in (0, 1)]
-    assert found == sorted(names)
+    wanted = itertools.product(("kd", "kd-of-0.5", "onehot", "teacher"), (0, 1))
+    assert found == sorted(f"digits-resnet8-{name}-s{seed}" for name, seed in wanted)
     teacher = folder / "runs" / "digits-resnet8-teacher-s0"
     step = runs.read_metrics(teacher)[-1]["step"] // 2
     weights = [runs.load_checkpoint(teacher / name)["model"] for name in (f"snapshot-{step}.pt", "checkpoint.pt")]

@@ -59,7 +59,9 @@ def jobs(tmp_path_factory):
 
 
 def test_the_grid_has_the_rows_of_the_paper(jobs):
-    made = {file for job in jobs for file in ", ".join(job.output).split(", ")}
+    made = set()
+    for job in jobs:
+        made.update(", ".join(job.output).split(", "))
     for run in ("cifar10-resnet56-teacher", "cifar100-resnet20-onehot", "tiny-imagenet-resnet56-mobilenetv2-kd"):
         assert {f"runs/paper/{run}-s{seed}/.finished" for seed in (0, 1, 2)} <= made, run
     figures = ("cifar100-noisy-resnet20/denoise", "cifar10/eigenspace", "tiny-imagenet-resnet56/fig1b")
