@@ -86,12 +86,9 @@ def read_run(folder):
     run.what = f"{how_trained(config['role'], flags, facts, lines[-1]['step'])}, {Path(config['arch']).name}"
     if flags.get("width", 1) != 1:
         run.what += f" ×{flags['width']:g}"
-    teacher = ""
-    if facts.get("teacher_sha256"):  # earlier versions name it among the flags, or not at all
-        teacher = str(facts.get("teacher") or flags.get("teacher") or "").replace("{seed}", "*")
     seed = re.compile(rf"^(.*)(?<![\d.]){config['seed']}(?![\w.])")  # the last place that names it
     run.name = seed.sub(r"\1*", folder.as_posix())
-    run.teacher = seed.sub(r"\1*", teacher)
+    run.teacher = seed.sub(r"\1*", facts.get("teacher", ""))
     if facts.get("teacher_arch"):
         run.teacher += f" ({facts['teacher_arch']})"
     # A name does not say everything: runs are pooled where all flags are the same too.
@@ -112,7 +109,7 @@ def how_trained(role, flags, facts, last_step):
     if not flags["kd_weight"]:
         return "one-hot"
     name = "student_loss"
-    if facts.get("loss"):  # its first line; earlier versions did not note it down
+    if facts.get("loss"):  # its first line; some have no source
         name = facts["loss"][0].removeprefix("def ").partition("(")[0]
     if name == "student_loss":
         name = "KD and one-hot" if flags["ce_weight"] else "KD"

@@ -140,7 +140,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse that answers a bad flag with one line and exit code 2."""
 
-    defaults = {}  # {flag: default}: what a run of an earlier version, which lacks a new flag, was trained with
+    defaults = {}  # {flag: default}: what a run that is older than a new flag was trained with
 
     def __init__(self, docstring):
         layout = functools.partial(_Help, max_help_position=30)
@@ -474,11 +474,10 @@ def teacher_hash(run):
 
 # ---------------------------------------------------------------- run folders
 
-# Flags that say where and how to run, not what: a run may be continued with other values of them. The last line is of
-# flags and facts that only runs of earlier versions have.
+# Flags that say where and how to run, not what: a run may be continued with other values of them. A teacher is compared
+# by its weights, not by its name.
 NOT_COMPARED = "out overwrite quiet device data_dir eval_every seeds snapshot_at fast".split()
 NOT_COMPARED += ["facts.teacher", "facts.teacher_test_acc", "facts.teacher_train_acc"]
-NOT_COMPARED += ["teacher", "teacher_cache", "tensorboard", "facts.switch.window"]
 RUN_FILE = re.compile(r"config\.json|metrics\.jsonl|(checkpoint|snapshot-\d+)\.pt|(logits|teacher)\.npz")
 
 
@@ -576,8 +575,6 @@ def refuse_other(run, compared):
     before = read_config(run)
     for key in compared["flags"]:  # one that is newer than the run has its default
         before["flags"].setdefault(key, Parser.defaults.get(key))
-    if "facts" in compared:  # earlier versions did not note down the loss
-        before["facts"].setdefault("loss", compared["facts"].get("loss"))
     pairs = _differences({key: before.get(key) for key in compared}, compared)
     differing = [text for key, text in pairs if key.removeprefix("flags.") not in NOT_COMPARED]
     if differing:

@@ -160,9 +160,7 @@ def test_seeds_of_one_setting_and_one_kind_of_teacher_are_pooled(tmp_path):
         write_run(folder / f"other-s{seed}", seed=seed, facts=another)
         switch = dict(whole, switch=dict(direction="onehot2kd", step=10, window=0))
         write_run(folder / f"half-s{seed}", seed=seed, facts=switch)
-        # Runs of earlier versions name a teacher among their flags, or not at all; a one-hot network has none.
-        write_run(folder / f"early-s{seed}", seed=seed, facts=dict(initial="0"), teacher="runs/t-s{seed}")
-        write_run(folder / f"onehot-s{seed}", seed=seed, teacher="runs/t-s{seed}")
+        write_run(folder / f"onehot-s{seed}", seed=seed)
     page = page_of(tmp_path)
     rows = {row[0].partition(f"({folder}/")[2].rstrip(")"): row for row in page.rows if f"({folder}/" in row[0]}
     found = {name: (row[0].partition(" (")[0], row[2]) for name, row in rows.items() if "sub" not in name}
@@ -172,7 +170,6 @@ def test_seeds_of_one_setting_and_one_kind_of_teacher_are_pooled(tmp_path):
         "foreign-s*, teacher own/net.pth (torchvision:resnet18": ("KD, T = 4, resnet56", "3"),
         "other-s*, teacher runs/t-0.5-s*": ("dkd_loss, T = 4, resnet56", "3"),
         "half-s*, teacher runs/t-0.5-s*": ("one-hot → KD at s = 0.5, resnet56", "3"),
-        "early-s*, teacher runs/t-s*": ("KD, T = 4, resnet56", "3"),
         "onehot-s*": ("one-hot, resnet56", "3"),
     }
     # Another rate is another setting.
