@@ -268,7 +268,8 @@ def main(argv=None):
     made = [versions["hardware"], f"{versions['threads']} threads", f"torch {versions['torch']}"]
     rows = []
     if args.encoder:  # first, for a library may be missing
-        made.append(f"transformers {metadata.version('transformers')}")
+        versions["transformers"] = metadata.version("transformers")
+        made.append(f"transformers {versions['transformers']}")
         rows += measure_text(args, read_sentences(args.sentences, SENTENCES))
     for arch in args.arch:
         rows += measure_images(args, arch, kd=False) + measure_images(args, arch, kd=True)

@@ -46,7 +46,9 @@ def test_the_text_script_is_timed_beside_the_trainer(tmp_path, monkeypatch):
     words = ["--encoder", tmp_path / "encoder", "--epochs", 1, "--device", "cpu", "--out", tmp_path / "b"]
     benchmark.main([str(word) for word in (*words, "--sentences", tmp_path / "train.tsv")])
     assert seen[0] == seen[-1] == [(line[:-2], k % 2) for k, line in enumerate(lines[:20])]
-    rows = runs.read_json(tmp_path / "b" / "benchmark.json")["rows"]
+    kept = runs.read_json(tmp_path / "b" / "benchmark.json")
+    assert kept["versions"]["transformers"] in (tmp_path / "b" / "benchmark.md").read_text()
+    rows = kept["rows"]
     ours = [("one-hot", "glue_distill.py"), ("KD", "glue_distill.py (peer: one-hot)")]
     assert [(row["loss"], row["way"]) for row in rows] == [("one-hot", way) for way in benchmark.TRAINERS] + ours
     assert [row["speedup"] for row in rows[:3]] == [0.5, 1, 1]
