@@ -158,7 +158,7 @@ def test_seeds_of_one_setting_and_one_kind_of_teacher_are_pooled(tmp_path):
         write_run(folder / f"foreign-s{seed}", seed=seed, facts=weights)
         another = dict(whole, loss=["def dkd_loss(model, images):", "    return 0"])
         write_run(folder / f"other-s{seed}", seed=seed, facts=another)
-        switch = dict(whole, switch=dict(direction="onehot2kd", step=10, window=0))
+        switch = dict(whole, switch=dict(direction="onehot2kd", step=10))
         write_run(folder / f"half-s{seed}", seed=seed, facts=switch)
         write_run(folder / f"onehot-s{seed}", seed=seed)
     page = page_of(tmp_path)
